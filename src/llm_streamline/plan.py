@@ -1,0 +1,252 @@
+"""The plan: what will be done to a model, as data. Nothing here touches a model or imports torch.
+
+Left of the plan a model is only read; right of it the plan is only obeyed. A plan is a JSON file that a person can read
+and edit; loading checks everything that can be checked without the model, `check_fits` the rest.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from llm_streamline.errors import PlanError
+from llm_streamline.schema import FrozenModel, parse
+
+PLAN_VERSION = 1
+NetworkKind = Literal["layer", "ffn", "swiglu", "linear"]
+Init = Literal["first", "last", "middle", "average", "random", "identity", "closed_form", "best"]
+
+
+class ModelFacts(FrozenModel):
+    """What a plan must know of the model it was made for."""
+
+    spec: str = Field(description="the model as the user named it")
+    fingerprint: str = Field(description="sha256 over configuration and samples of the weight files")
+    model_type: str = Field(description="transformers' name of the family")
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_parameters: PositiveInt = Field(description="unique parameters, tied weights counted once")
+
+
+class Network(FrozenModel):
+    """The lightweight network trained in place of a span (LLM-Streamline, section "layer replacement")."""
+
+    kind: NetworkKind
+    count: PositiveInt = Field(1, description="decoder layers put back; always 1 for ffn and swiglu, unused for linear")
+    init: Init = Field("first", description="start of the weights; `best` tries all on held-out text")
+    residual: bool = Field(True, description="False reproduces the paper's FFN, which learns the identity as well")
+    width: PositiveInt | None = Field(None, description="hidden width of an ffn; default: the model's own MLP width")
+    activation: str | None = Field(None, description="activation of an ffn; default: the model's own")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Network":
+        if self.kind != "layer" and self.count != 1:
+            raise ValueError(f"count is for kind 'layer' only: a {self.kind} is one network")
+        if not self.residual and self.kind not in ("ffn", "swiglu"):
+            raise ValueError(f"residual: false is for ffn and swiglu only, not for {self.kind}")
+        if not self.residual and self.init in ("identity", "best"):
+            raise ValueError(f"a network without residual has no {self.init} start; use init: random or closed_form")
+        if self.kind != "ffn" and (self.width is not None or self.activation is not None):
+            raise ValueError("width and activation are for kind 'ffn' only")
+        return self
+
+    @property
+    def num_layers_added(self) -> int:
+        """Entries of the layer list that the network occupies: 0 for a linear map, which is folded away."""
+        return 0 if self.kind == "linear" else self.count
+
+
+class Remove(FrozenModel):
+    """Take the layers [start, stop) out."""
+
+    kind: Literal["remove"] = "remove"
+    start: NonNegativeInt
+    stop: PositiveInt
+
+    @property
+    def templates(self) -> tuple[int, ...]:
+        """Nothing is put back."""
+        return ()
+
+
+class Replace(FrozenModel):
+    """Take the layers [start, stop) out and put a network in their place."""
+
+    kind: Literal["replace"] = "replace"
+    start: NonNegativeInt
+    stop: PositiveInt
+    network: Network
+    templates: tuple[NonNegativeInt, ...] = Field(
+        description="original layers whose settings (attention type, ...) the layers put back take, in order"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Replace":
+        if len(self.templates) != self.network.num_layers_added:
+            raise ValueError(
+                f"templates: a {self.network.kind} of count {self.network.count} needs "
+                f"{self.network.num_layers_added} template layer(s), got {len(self.templates)}"
+            )
+        if any(not self.start <= index < self.stop for index in self.templates):
+            raise ValueError(f"templates must lie in the span [{self.start}, {self.stop}), got {self.templates}")
+        if self.network.kind == "linear" and self.start == 0:
+            raise ValueError("a linear map is folded into the layer before the span; a span starting at 0 has none")
+        return self
+
+
+Edit = Annotated[Remove | Replace, Field(discriminator="kind")]
+
+
+def templates_for(network: Network, start: int, stop: int) -> tuple[int, ...]:
+    """Original layers that a network's layers are modelled on: the first ones, or the last ones for init `last`."""
+    count = network.num_layers_added
+    if network.init == "last":
+        return tuple(range(stop - count, stop))
+    if network.init == "middle":
+        middle = start + (stop - start - count) // 2
+        return tuple(range(middle, middle + count))
+    return tuple(range(start, start + count))
+
+
+class Candidate(FrozenModel):
+    """A span that was considered."""
+
+    start: int
+    stop: int
+    similarity: float = Field(description="mean cosine over all calibration tokens")
+    similarity_first: float = Field(description="mean cosine over the first token of each window only")
+    similarity_rest: float = Field(description="mean cosine over the other tokens")
+    heldout_loss: float | None = Field(None, description="LM loss on held-out windows after the edit, in nats a token")
+
+
+class Margin(FrozenModel):
+    """How clearly the chosen span leads, by a bootstrap over windows."""
+
+    quantity: str = Field(description="what is compared: `similarity` or `heldout_loss`")
+    difference: float = Field(description="runner-up's minus chosen's loss, or chosen's minus runner-up's similarity")
+    low: float = Field(description="2.5th percentile of the difference over bootstrap samples of windows")
+    high: float = Field(description="97.5th percentile")
+    num_blocks: int = Field(description="windows, or groups of windows, that were resampled")
+
+
+class Selection(FrozenModel):
+    """How the edits were chosen: kept for the reader, not needed to obey the plan."""
+
+    method: str
+    target: str = Field(description="the user's target in words")
+    convention: str = Field(description="how the number of layers was counted")
+    chosen: tuple[int, int] | None = None
+    candidates: tuple[Candidate, ...] = ()
+    original_loss: float | None = Field(None, description="LM loss of the original on the verification windows")
+    margin: Margin | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Plan(FrozenModel):
+    """What will be done to one model."""
+
+    version: Literal[1] = PLAN_VERSION
+    model: ModelFacts
+    edits: tuple[Edit, ...]
+    selection: Selection | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Plan":
+        previous_stop, num_layers = 0, self.model.num_layers
+        for edit in self.edits:
+            name = f"{edit.kind} [{edit.start}, {edit.stop})"
+            if edit.start >= edit.stop:
+                raise ValueError(f"{name} is empty; a span is half-open, so stop must be larger than start")
+            if edit.stop > num_layers:
+                raise ValueError(
+                    f"{name} runs past the last layer (the model has layers 0-{num_layers - 1}). "
+                    "Was this plan made for another model?"
+                )
+            if edit.start < previous_stop:
+                raise ValueError(f"{name} overlaps the edit before it or is out of order; spans must ascend")
+            previous_stop = edit.stop
+        if not self.layer_sources():
+            raise ValueError("the edits remove every layer; at least one must stay")
+        return self
+
+    def layer_sources(self) -> tuple[int, ...]:
+        """For each layer of the edited model, the original layer whose settings it takes."""
+        sources, position = [], 0
+        for edit in self.edits:
+            sources += [*range(position, edit.start), *edit.templates]
+            position = edit.stop
+        return (*sources, *range(position, self.model.num_layers))
+
+    def position_of(self, edit: Edit) -> int:
+        """Index in the edited model of the first layer that stands in for `edit`."""
+        shift = 0
+        for other in self.edits:
+            if other.start >= edit.start:
+                break
+            shift += len(other.templates) - (other.stop - other.start)
+        return edit.start + shift
+
+    @property
+    def num_layers_after(self) -> int:
+        """Layers of the edited model."""
+        return len(self.layer_sources())
+
+    def check_fits(self, model: ModelFacts) -> None:
+        """Refuse a model other than the one this plan was made for.
+
+        Raises:
+            PlanError: if layer count, width, family or fingerprint differ.
+        """
+        for key in ("model_type", "num_layers", "hidden_size", "fingerprint"):
+            mine, other = getattr(self.model, key), getattr(model, key)
+            if mine != other:
+                raise PlanError(
+                    f"this plan was made for '{self.model.spec}' ({key} {mine}), but '{model.spec}' has {key} {other}; "
+                    "make a plan for this model with `llm-streamline plan`"
+                )
+
+    def describe(self) -> str:
+        """One sentence: what leaves, what stands in, how many layers remain."""
+        parts = []
+        for edit in self.edits:
+            size = edit.stop - edit.start
+            text = f"remove {size} of {self.model.num_layers} layers [{edit.start}, {edit.stop})"
+            if isinstance(edit, Replace):
+                text += f" and put {_network_name(edit.network)} in their place"
+            parts.append(text)
+        return f"{'; '.join(parts) or 'change nothing'}: {self.model.num_layers} -> {self.num_layers_after} layers"
+
+    def digest(self) -> str:
+        """sha256 (first 16 hex digits) over model and edits: equal when two plans do the same thing."""
+        content = self.model_dump(mode="json", include={"version", "model", "edits"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read and check a plan file.
+
+        Raises:
+            PlanError: if the file is missing, is no JSON, has unknown keys, or its edits overlap or run out of range.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"no plan file at {path}; `llm-streamline plan MODEL -o {path}` makes one") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+            raise PlanError(f"{path} cannot be read as a plan: {problem}") from None
+        return parse(cls, data, str(path), PlanError)
+
+
+def _network_name(network: Network) -> str:
+    if network.kind == "layer":
+        return "one decoder layer" if network.count == 1 else f"{network.count} decoder layers"
+    return {"ffn": "an FFN", "swiglu": "a SwiGLU", "linear": "a linear map (folded into the layer before)"}[
+        network.kind
+    ]
