@@ -1,0 +1,325 @@
+"""The one result schema: everything that `evaluate` measures, in a file that reports and comparisons read.
+
+`Results` holds one `ModelResult` for each model (figures that need no other model) and one `Comparison` for each pair
+original -> model (figures that need both). Names are unique within a file, so a comparison names its two models.
+Shares, accuracies and stabilities lie in [0, 1]; times are seconds, sizes bytes, log-likelihoods natural logarithms
+(nats) unless a name says bits. Nothing here imports torch.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llm_streamline.errors import StreamlineError
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """Base of every record: frozen, unknown keys refused, not-a-number and infinity refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Interval(Record):
+    """A bootstrap interval."""
+
+    low: float
+    high: float
+    level: float = Field(0.95, description="share of bootstrap samples between low and high")
+
+
+class SizeResult(Record):
+    """How large a model is."""
+
+    num_layers: int = Field(description="decoder layers")
+    parameters: int = Field(description="all parameters, tied ones once")
+    embedding_parameters: int = Field(description="input embedding and output head, tied ones once")
+    non_embedding_parameters: int
+    layer_parameters: int = Field(description="parameters inside the decoder layers")
+    weight_bytes: int = Field(description="bytes of all parameters in the dtype they were evaluated in")
+    kv_bytes_per_token: int = Field(description="bytes that one more token takes in the key-value cache, all layers")
+    dtype: str
+
+
+class PerplexityResult(Record):
+    """Perplexity of one text, with the whole protocol.
+
+    Comparable only where text, context, stride, BOS policy and tokenizer are the same; bits per byte also across
+    tokenizers.
+    """
+
+    name: str = Field(description="the text as it was asked for")
+    perplexity: float = Field(description="exp(nll), over tokens")
+    nll: float = Field(description="mean negative log-likelihood of a scored token, nats")
+    nll_stderr: float | None = Field(None, description="standard error of nll over windows; none with one window")
+    bits_per_byte: float | None = Field(None, description="summed bits of the scored tokens by bytes of their text")
+    num_tokens: int = Field(description="tokens scored; the first of each window is context only")
+    num_windows: int
+    num_bytes: int = Field(description="UTF-8 bytes of the scored tokens")
+    context: int = Field(description="tokens in a window, BOS included")
+    stride: int = Field(description="tokens from one window's start to the next; = context minus BOS: no overlap")
+    bos: str = Field(description="where a beginning-of-text token stands, e.g. 'none', 'each window'")
+    join: str = Field(description="how pieces of text were joined, e.g. 'file as it stands'")
+    dtype: str = Field(description="dtype of the forward pass; losses are float32, sums float64")
+    data_hash: str = Field(description="sha256 of the token ids")
+
+
+class MetricResult(Record):
+    """One further metric of a task, as its harness named it."""
+
+    name: str
+    value: float
+    stderr: float | None = None
+
+
+class TaskResult(Record):
+    """One task: a multiple-choice set scored by us, or any task of lm-eval."""
+
+    name: str
+    group: str | None = Field(None, description="averages count a group once, e.g. 'mmlu' for its subjects")
+    scorer: Literal["light", "lm-eval"]
+    num_items: int
+    limit: int | None = Field(None, description="the first so many items only")
+    num_fewshot: int = 0
+    acc: float | None = Field(None, description="share of items whose gold choice has the highest log-likelihood")
+    acc_stderr: float | None = None
+    acc_norm: float | None = Field(None, description="the same with log-likelihoods divided by characters")
+    acc_norm_stderr: float | None = None
+    chance: float | None = Field(None, description="accuracy of a blind guess")
+    subtasks: dict[str, float] = Field(default_factory=dict, description="acc by the items' `subtask` field")
+    metrics: tuple[MetricResult, ...] = Field((), description="further metrics (lm-eval)")
+    items_file: str | None = Field(None, description="per-item log, relative to the result file")
+    data_hash: str | None = Field(None, description="sha256 of the questions and choices scored")
+
+
+class Continuation(Record):
+    """One text written by a model."""
+
+    prompt: str
+    mode: Literal["greedy", "sampled"]
+    text: str
+    num_tokens: int
+    ended: bool = Field(description="the model wrote an end-of-text token")
+    repetition_rate: float = Field(description="share of 4-grams of tokens that occurred before in the same text")
+    distinct_2: float = Field(description="different 2-grams of tokens by all 2-grams; 1 where there are none")
+    loop: bool = Field(description="the text ends in one piece repeated over and over")
+    empty: bool = Field(description="nothing but white space")
+    script: str = Field(description="the script that most letters are of, e.g. 'LATIN'; '' without letters")
+
+
+class GenerationResult(Record):
+    """What a model wrote for fixed prompts, and how degenerate it is. Rates are means over the continuations."""
+
+    continuations: tuple[Continuation, ...]
+    max_new_tokens: int
+    temperature: float = Field(description="of the sampled continuations")
+    top_p: float = Field(description="of the sampled continuations")
+    repetition_rate: float
+    distinct_2: float
+    loop_rate: float
+    empty_rate: float
+    ended_rate: float
+    mean_tokens: float
+
+
+class SpeedResult(Record):
+    """Absolute speed of one model; only ratios taken in one run on one machine carry over to other places."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    prefill_seconds: float = Field(description="median time to read the prompts of one batch")
+    prefill_tokens_per_second: float
+    decode_seconds_per_token: float = Field(description="median time of one decode step of the batch")
+    decode_tokens_per_second: float = Field(description="over the whole batch")
+    peak_memory_bytes: int | None = Field(None, description="peak of the process (CPU) or of the device in the runs")
+
+
+class SpeedRatio(Record):
+    """Speed of the model by that of the original, each round measured in turns. Above 1: the model is faster."""
+
+    ratio: float = Field(description="median over rounds")
+    low: float = Field(description="first quartile over rounds")
+    high: float = Field(description="third quartile over rounds")
+    ideal_ratio: float = Field(description="layer parameters of the original by those of the model")
+    share_of_ideal: float | None = Field(
+        None, description="time saved by the time that the removed layers would save; none if nothing was removed"
+    )
+
+
+class SpeedComparison(Record):
+    """Prefill and decode of a model against the original; batch and lengths are in the models' `speed`."""
+
+    prefill: SpeedRatio
+    decode: SpeedRatio
+
+
+class ModelResult(Record):
+    """Everything measured of one model alone."""
+
+    name: str = Field(description="unique in this file")
+    role: Literal["original", "model"]
+    source: str = Field(description="the model as it was asked for")
+    kind: str = Field(description="folder, hub, gguf, demo or memory")
+    revision: str | None = None
+    fingerprint: str | None = None
+    model_type: str
+    size: SizeResult
+    perplexity: tuple[PerplexityResult, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
+    generation: GenerationResult | None = None
+    speed: SpeedResult | None = None
+
+
+class PerplexityComparison(Record):
+    """Perplexity of the model by that of the original on the same windows."""
+
+    name: str
+    ratio: float = Field(description="exp(nll difference)")
+    nll_difference: float = Field(description="model minus original, nats a token")
+    nll_difference_stderr: float | None = Field(None, description="paired over windows: tighter than the two apart")
+
+
+class DivergenceResult(Record):
+    """How far the model's next-token distribution is from the original's: KL(original || model), nats."""
+
+    name: str = Field(description="the text, as in `perplexity`")
+    num_tokens: int
+    kl_mean: float
+    kl_stderr: float | None = Field(None, description="over windows")
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float = Field(description="share of positions where both models' likeliest token is the same")
+    top1_agreement_stderr: float | None = Field(None, description="over windows")
+
+
+class StabilityResult(Record):
+    """Stability of the model's answers on one task (LLM-Streamline, arXiv:2403.19135, section 3.1).
+
+    T and F say whether the original (first letter) and the model (second letter) chose the gold answer.
+    """
+
+    task: str
+    group: str | None = None
+    sigma: Literal["ppl", "nll"] = Field(
+        description="what the original's spread over choices is taken of: perplexity, or length-normalised NLL"
+    )
+    metric: str = Field("acc", description="rule that chose the answers: acc, acc_norm or ppl")
+    num_questions: int
+    stability: float = Field(description="matches weighted by softmax(sigma) over the questions")
+    stability_interval: Interval | None = None
+    stability_reference_bug: float = Field(
+        description="what the authors' published script prints: the first m weights in file order, m = matches"
+    )
+    match_rate: float = Field(description="unweighted: (tt + ff) / questions")
+    match_rate_interval: Interval | None = None
+    tt: int
+    tf: int
+    ft: int
+    ff: int
+    flips: int = Field(description="tf + ft")
+    prediction_agreement: float = Field(description="share of questions where both chose the same option")
+    mcnemar_p: float = Field(description="exact two-sided test that tf and ft are equally likely")
+    effective_questions: float = Field(description="1 / sum of squared weights: how many questions carry stability")
+    largest_weight: float
+    acc_original: float
+    acc_model: float
+
+
+class StabilityAverage(Record):
+    """Unweighted mean over tasks. A group's own average stands first; 'all' counts every group once."""
+
+    name: str = Field(description="name of a group, or 'all'")
+    sigma: Literal["ppl", "nll"]
+    num_tasks: int
+    stability: float
+    stability_reference_bug: float
+    match_rate: float
+    flip_rate: float
+    prediction_agreement: float
+    acc_original: float
+    acc_model: float
+
+
+class Verdict(Record):
+    """Whether the model still writes, judged relative to the original."""
+
+    ok: bool
+    reasons: tuple[str, ...] = Field((), description="one sentence for each way in which it does not")
+
+
+class Comparison(Record):
+    """Everything measured of a pair original -> model."""
+
+    original: str
+    model: str
+    perplexity: tuple[PerplexityComparison, ...] = ()
+    divergence: tuple[DivergenceResult, ...] = ()
+    stability: tuple[StabilityResult, ...] = ()
+    stability_averages: tuple[StabilityAverage, ...] = ()
+    generation: Verdict | None = None
+    speed: SpeedComparison | None = None
+
+
+class Provenance(Record):
+    """Where the numbers come from."""
+
+    versions: dict[str, str] = Field(description="llm-streamline, python, torch, transformers, ...")
+    seed: int
+    device: str
+    dtype: str
+    threads: int | None = None
+    platform: str | None = None
+    command: str | None = None
+    config: dict = Field(default_factory=dict, description="the EvaluationConfig")
+    data_hashes: dict[str, str] = Field(default_factory=dict, description="sha256 by text or task")
+    plan_hash: str | None = None
+    started_at: str = Field(description="UTC, ISO 8601")
+    seconds: float
+    stage_seconds: dict[str, float] = Field(default_factory=dict)
+
+
+class Results(Record):
+    """One result file."""
+
+    version: Literal[1] = SCHEMA_VERSION
+    models: tuple[ModelResult, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    provenance: Provenance
+
+    def model(self, name: str) -> ModelResult:
+        """Return the model of that name; KeyError without one."""
+        return {model.name: model for model in self.models}[name]
+
+    def without_times(self) -> dict:
+        """Return the content as plain data without anything that a clock gave: equal seeds give equal data."""
+        data = self.model_dump(mode="json")
+        for key in ("started_at", "seconds", "stage_seconds"):
+            del data["provenance"][key]
+        for part in (*data["models"], *data["comparisons"]):
+            del part["speed"]
+        return data
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Results":
+        """Read a result file.
+
+        Raises:
+            StreamlineError: the file is missing, is not JSON, or is not of this schema.
+        """
+        path = Path(path)
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise StreamlineError(f"cannot read the result file {path}: {error.strerror}.") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise StreamlineError(
+                f"{path} is not a result file of schema version {SCHEMA_VERSION}: {place}: {first['msg']}. "
+                "Write it again with `llm-streamline evaluate`."
+            ) from error
