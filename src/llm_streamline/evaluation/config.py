@@ -2,13 +2,13 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from llm_streamline.schema import FrozenModel
 
 
-class EvaluationConfig(BaseModel):
+class EvaluationConfig(FrozenModel):
     """Settings of an evaluation. Nothing is measured that is not asked for, but sizes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     perplexity: tuple[str, ...] = Field((), description="texts to take perplexity (and divergence) on: paths or specs")
     context: PositiveInt = Field(1024, description="tokens in a window of perplexity, BOS included")

@@ -6,20 +6,22 @@ Shares, accuracies and stabilities lie in [0, 1]; times are seconds, sizes bytes
 (nats) unless a name says bits. Nothing here imports torch.
 """
 
+import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from llm_streamline.errors import StreamlineError
+from llm_streamline.schema import FrozenModel, parse
 
 SCHEMA_VERSION = 1
 
 
-class Record(BaseModel):
+class Record(FrozenModel):
     """Base of every record: frozen, unknown keys refused, not-a-number and infinity refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Interval(Record):
@@ -208,6 +210,9 @@ class StabilityResult(Record):
     sigma: Literal["ppl", "nll"] = Field(
         description="what the original's spread over choices is taken of: perplexity, or length-normalised NLL"
     )
+    length_unit: Literal["token", "byte", "prompt token"] = Field(
+        "token", description="what lengths were normalised by; 'prompt token': OpenCompass, prompt and choice together"
+    )
     metric: str = Field("acc", description="rule that chose the answers: acc, acc_norm or ppl")
     num_questions: int
     stability: float = Field(description="matches weighted by softmax(sigma) over the questions")
@@ -313,13 +318,15 @@ class Results(Record):
         """
         path = Path(path)
         try:
-            return cls.model_validate_json(path.read_bytes())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise StreamlineError(f"cannot read the result file {path}: {error.strerror}.") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise StreamlineError(f"cannot read the result file {path}: {error.strerror}.") from None
+        except ValueError as error:  # not JSON, or not even UTF-8
+            raise StreamlineError(f"{path} is no result file: {error}.") from None
+        found = data.get("version") if isinstance(data, dict) else None
+        if found != SCHEMA_VERSION:
             raise StreamlineError(
-                f"{path} is not a result file of schema version {SCHEMA_VERSION}: {place}: {first['msg']}. "
-                "Write it again with `llm-streamline evaluate`."
-            ) from error
+                f"{path} is not a result file of schema version {SCHEMA_VERSION} (it says {found!r}); "
+                "write it again with `llm-streamline evaluate`."
+            )
+        return parse(cls, data, str(path), StreamlineError)
