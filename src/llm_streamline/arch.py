@@ -1,0 +1,303 @@
+"""Facts about a model's architecture: where its decoder layers are and what is inside one, found rather than guessed.
+
+The layers are the one ModuleList as long as the text config's layer count; layer indices are the integers that count
+0, 1, 2 ... along it; only what structure cannot tell comes from the family's row (`families.py`). Silencing a sublayer
+lives here too, because it is nothing but applying those facts. Letters: L layers.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llm_streamline.errors import ArchitectureError
+from llm_streamline.families import FAMILIES, Family
+from llm_streamline.layer_config import text_config
+
+_INDEX_NAME = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number|num)$")
+
+
+@dataclass(frozen=True)
+class IndexField:
+    """A place where a layer stores its own index: attribute `name` of submodule `module`, holding index + `offset`."""
+
+    module: str
+    name: str
+    offset: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}".lstrip(".")
+
+
+@dataclass(frozen=True)
+class MlpFacts:
+    """One layer's MLP. Names are paths inside the layer; None when there is no such projection."""
+
+    kind: str  # "gated", "plain", "moe" or "none"
+    gate: str | None
+    up: str | None
+    gate_up: str | None  # gate above up in one projection, along the output
+    down: str | None
+    activation: str | None  # name in transformers.activations.ACT2FN
+    transposed: bool  # weights are (in, out), as GPT-2's Conv1D stores them
+    width: int | None  # channels of the inner state
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """What surgery needs to know about one model. Paths without a note are inside a decoder layer."""
+
+    model_type: str  # of the text config
+    num_layers: int
+    layers: str  # path of the ModuleList from the model
+    embeddings: str  # path of the input embedding from the model
+    final_norm: str | None  # path from the model, None when the decoder has none
+    head: str | None  # path of the output embedding from the model
+    attention_out: tuple[str, ...]  # projections that write to the residual stream; a layer has some of them
+    mlp_out: tuple[str, ...]
+    attention_norm_in: str | None
+    mlp_norm_in: str | None
+    attention_norm_out: str | None  # norm between sublayer and residual stream (Gemma-2, OLMo-2)
+    mlp_norm_out: str | None
+    silent_norm_weight: float  # weight at which a norm_out puts out exactly zero
+    activation: str | None  # the MLP's, a name in transformers.activations.ACT2FN
+    parallel: bool  # attention and MLP read the same state
+    identity_obstacle: str | None  # why no weights make a layer the identity; None when some do
+    index_fields: tuple[IndexField, ...]
+    tied_head: bool
+    family: Family
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """Raise ArchitectureError if models of `config` are not edited; needs no weights, so ask before loading them."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArchitectureError(f"{config.model_type} is an encoder-decoder model; only decoder-only models can be cut")
+    text = text_config(config)
+    family = FAMILIES.get(text.model_type)
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise ArchitectureError(
+            f"{text.model_type} is untested: removing its layers was never proven sound; tested families: {known}"
+        )
+    for condition in family.refused:
+        if condition.holds(text):
+            raise ArchitectureError(f"{text.model_type} with {condition.key} cannot be cut: {condition.reason}")
+
+
+def find_arch(model: PreTrainedModel) -> ArchSpec:
+    """Find the facts of `model`.
+
+    Raises:
+        ArchitectureError: if its family is untested or refused, or its structure is not what the family's row says.
+    """
+    _check_plain(model)
+    check_architecture(model.config)
+    text = text_config(model.config)
+    family = FAMILIES[text.model_type]
+    path = _find_layers(model, text)
+    layers = model.get_submodule(path)
+    owner = path.rpartition(".")[0]
+    first = layers[0]
+    obstacle = next((c.reason for c in family.not_identity if c.holds(text)), None)
+    return ArchSpec(
+        model_type=text.model_type,
+        num_layers=len(layers),
+        layers=path,
+        embeddings=_path_of(model, model.get_input_embeddings()),
+        final_norm=_final_norm(model, owner),
+        head=_path_of(model, model.get_output_embeddings()),
+        attention_out=family.attention_out,
+        mlp_out=family.mlp_out,
+        attention_norm_in=_first_present(first, family.attention_norm_in),
+        mlp_norm_in=_first_present(first, family.mlp_norm_in),
+        attention_norm_out=_first_present(first, family.attention_norm_out),
+        mlp_norm_out=_first_present(first, family.mlp_norm_out),
+        silent_norm_weight=family.silent_norm_weight,
+        activation=_activation(text, family),
+        parallel=family.parallel if isinstance(family.parallel, bool) else any(c.holds(text) for c in family.parallel),
+        identity_obstacle=obstacle,
+        index_fields=_index_fields(layers),
+        tied_head=bool(getattr(text, "tie_word_embeddings", False)),
+        family=family,
+    )
+
+
+def get_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of `model`, a live view: what is put into it is in the model."""
+    return model.get_submodule(find_arch(model).layers)
+
+
+def identity_possible(arch: ArchSpec) -> bool:
+    """Whether some weights make a layer the identity; if not, `arch.identity_obstacle` says why."""
+    return arch.identity_obstacle is None
+
+
+def mlp_facts(layer: nn.Module, arch: ArchSpec) -> MlpFacts:
+    """What kind of MLP `layer` has and where its projections are."""
+    family = arch.family
+    down = _first_present(layer, family.mlp_out)
+    gate, up = _first_present(layer, family.gate), _first_present(layer, family.up)
+    gate_up = _first_present(layer, family.gate_up)
+    if down is None:
+        return MlpFacts("none", None, None, None, None, None, False, None)
+    projection = layer.get_submodule(down) if _is_module(layer, down) else None
+    if projection is None or len(_present(layer, family.mlp_out)) > 1:
+        return MlpFacts("moe", None, None, None, None, arch.activation, False, None)
+    transposed = not isinstance(projection, nn.Linear) and type(projection).__name__ == "Conv1D"
+    width = projection.weight.shape[0 if transposed else 1]
+    kind = "gated" if gate or gate_up else "plain"
+    return MlpFacts(kind, gate, up, gate_up, down, arch.activation, transposed, width)
+
+
+def fold_obstacle(layer: nn.Module, arch: ArchSpec) -> str | None:
+    """Why a linear map of the MLP's output cannot be multiplied into `mlp_facts(...).down`; None when it can."""
+    facts = mlp_facts(layer, arch)
+    if facts.kind == "none":
+        return f"{arch.model_type} layers have no MLP"
+    if facts.kind == "moe":
+        return "the MLP is a mixture of experts: its output is a sum over projections"
+    if arch.mlp_norm_out:
+        return f"the norm {arch.mlp_norm_out} stands between the MLP and the residual stream"
+    return arch.identity_obstacle
+
+
+def silence_attention(layer: nn.Module, arch: ArchSpec) -> None:
+    """Make the attention (or its convolution or state-space stand-in) of `layer` add exactly zero, in place.
+
+    Where a norm follows the sublayer its weight is what is changed: a zero projection in front of a norm would leave
+    that norm with a gradient of the size 1 / sqrt(eps).
+    """
+    _silence(layer, arch, arch.attention_out, arch.attention_norm_out)
+
+
+def silence_mlp(layer: nn.Module, arch: ArchSpec) -> None:
+    """Make the MLP of `layer`, all experts included, add exactly zero, in place."""
+    _silence(layer, arch, arch.mlp_out, arch.mlp_norm_out)
+
+
+def silence(layer: nn.Module, arch: ArchSpec) -> None:
+    """Make `layer` the identity, in place: it stays trainable, because only last projections (or norms) become zero.
+
+    Raises:
+        ArchitectureError: if no weights make a layer of this model the identity.
+    """
+    silence_attention(layer, arch)
+    silence_mlp(layer, arch)
+
+
+@torch.no_grad()
+def _silence(layer, arch, projections, norm):
+    if arch.identity_obstacle:
+        raise ArchitectureError(f"a layer of this {arch.model_type} cannot be made silent: {arch.identity_obstacle}")
+    if norm is not None:
+        layer.get_submodule(norm).weight.fill_(arch.silent_norm_weight)
+        return
+    for path in _present(layer, projections):
+        for parameter in _parameters_at(layer, path):
+            parameter.zero_()
+
+
+def _parameters_at(layer, path):
+    """The parameters of a projection: a module's own, or a bare tensor and the bias stored beside it."""
+    if _is_module(layer, path):
+        return list(layer.get_submodule(path).parameters())
+    owner = layer.get_submodule(path.rpartition(".")[0])
+    name = path.rpartition(".")[2]
+    return [getattr(owner, n) for n in (name, f"{name}_bias") if isinstance(getattr(owner, n, None), nn.Parameter)]
+
+
+def _check_plain(model) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ArchitectureError(
+            f"{type(model).__name__} is a wrapper (compiled, distributed or an adapter); "
+            "give the transformers model inside, with adapters merged"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ArchitectureError("the model carries adapters that name layers by index; merge them before cutting")
+
+
+def _find_layers(model, text) -> str:
+    """Path of the one ModuleList with an entry for each layer, not inside another one, described by `text`."""
+    num_layers = text.num_hidden_layers
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    paths = [path for path, _ in lists]
+    outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+    fitting = [path for path in outer if _described_by(model, path, text)]
+    if not fitting:
+        raise ArchitectureError(
+            f"found no list of {num_layers} decoder layers in {type(model).__name__}; "
+            "does the config state the right number of layers?"
+        )
+    if len(fitting) > 1:
+        raise ArchitectureError(
+            f"found {len(fitting)} lists of {num_layers} layers in {type(model).__name__} "
+            f"({', '.join(fitting)}); cannot tell which are the decoder layers"
+        )
+    return fitting[0]
+
+
+def _described_by(model, path, text) -> bool:
+    """Whether the nearest module around `path` that has a config has the text model's (a vision tower has its own)."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if isinstance(config, PreTrainedConfig):
+            return text_config(config).model_type == text.model_type
+    return False
+
+
+def _index_fields(layers: nn.ModuleList) -> tuple[IndexField, ...]:
+    """Integers that count the layers: by name wherever they occur, by value when every layer has them."""
+    seen: dict[tuple[str, str], dict[int, int]] = {}
+    for index, layer in enumerate(layers):
+        for module, submodule in layer.named_modules():
+            for name, value in vars(submodule).items():
+                if isinstance(value, int) and not isinstance(value, bool):
+                    seen.setdefault((module, name), {})[index] = value
+    fields = []
+    for (module, name), values in seen.items():
+        offsets = {value - index for index, value in values.items()}
+        named = bool(_INDEX_NAME.search(name))
+        counting = len(offsets) == 1 and len(values) == len(layers) > 2
+        if named and len(offsets) > 1:
+            raise ArchitectureError(f"{module}.{name} does not count the layers: {sorted(values.items())}")
+        if named or counting:
+            fields.append(IndexField(module, name, offsets.pop()))
+    return tuple(fields)
+
+
+def _final_norm(model, owner: str) -> str | None:
+    norms = [name for name, child in model.get_submodule(owner).named_children() if "Norm" in type(child).__name__]
+    return f"{owner}.{norms[-1]}".lstrip(".") if norms else None  # an embedding norm comes before it (Bloom)
+
+
+def _path_of(model, module) -> str | None:
+    return next((path for path, candidate in model.named_modules() if candidate is module), None)
+
+
+def _activation(text, family) -> str | None:
+    names = (getattr(text, key, None) for key in family.activation)
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def _is_module(layer, path) -> bool:
+    owner, _, name = path.rpartition(".")
+    return name in layer.get_submodule(owner)._modules
+
+
+def _present(layer: nn.Module, paths: tuple[str, ...]) -> list[str]:
+    """Those of `paths` that lead to a module or a parameter of `layer`."""
+    found = []
+    for path in paths:
+        node = layer
+        for name in path.split("."):
+            node = getattr(node, name, None)
+        if isinstance(node, (nn.Module, nn.Parameter)):
+            found.append(path)
+    return found
+
+
+def _first_present(layer, paths) -> str | None:
+    return next(iter(_present(layer, paths)), None)

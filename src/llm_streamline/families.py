@@ -1,0 +1,99 @@
+"""The families of decoder layers we edit, as data: one row each, and nothing here but rows.
+
+A row holds only what cannot be found by looking at the model: which projections write to the residual stream, where
+the norms stand, and what makes a family's settings impossible to edit. Every row is proven by the oracle tests of
+`tests/test_oracles.py` on a tiny random model; a family without a row is refused. `docs/add-an-architecture.md` tells
+how to add one.
+
+Names are paths inside one decoder layer. A tuple of names means: those of them that a layer has (families mix kinds of
+layers, for example dense and mixture-of-experts).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something that holds when the config key `key` is set to one of `values` (True means: to anything truthy)."""
+
+    key: str
+    values: tuple = (True,)
+    reason: str = ""
+
+    def holds(self, config) -> bool:
+        """Whether the text config `config` meets the condition."""
+        value = getattr(config, self.key, None)
+        return any(bool(value) if wanted is True else value == wanted for wanted in self.values)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts of one family's decoder layer; the defaults are Llama's."""
+
+    attention_out: tuple[str, ...] = ("self_attn.o_proj",)
+    mlp_out: tuple[str, ...] = ("mlp.down_proj",)
+    attention_norm_in: tuple[str, ...] = ("input_layernorm",)
+    mlp_norm_in: tuple[str, ...] = ("post_attention_layernorm",)
+    attention_norm_out: tuple[str, ...] = ()  # norm between the sublayer and the residual stream
+    mlp_norm_out: tuple[str, ...] = ()
+    silent_norm_weight: float = 0.0  # value of the norm_out weight that makes its output zero
+    mlp: str = "mlp"  # the module that holds the MLP
+    gate: tuple[str, ...] = ("mlp.gate_proj",)  # empty: the MLP has no gate
+    up: tuple[str, ...] = ("mlp.up_proj",)
+    gate_up: tuple[str, ...] = ()  # gate and up in one projection
+    activation: tuple[str, ...] = ("hidden_act",)  # config keys, the first that is set wins
+    width: tuple[str, ...] = ("intermediate_size",)  # config keys of the MLP's width
+    parallel: bool | tuple[Condition, ...] = False  # attention and MLP read the same state; any condition suffices
+    not_identity: tuple[Condition, ...] = ()  # settings under which no weights make the layer the identity
+    refused: tuple[Condition, ...] = ()  # settings under which the family cannot be edited soundly
+    cache_kinds: tuple[str, ...] = ()  # hybrid: layer types of which one must stay, because they know the length
+
+
+_PLAIN = {"gate": (), "mlp_norm_in": ("post_attention_layernorm",)}
+_SANDWICH = {
+    "attention_norm_out": ("post_attention_layernorm",),
+    "mlp_norm_in": ("pre_feedforward_layernorm",),
+    "mlp_norm_out": ("post_feedforward_layernorm",),
+}
+_GPT2_SCALE = "attention is divided by the layer's index plus one, so that a renumbered layer computes something else"
+_POST_NORM = "the layer norm stands after the residual addition"
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma2": Family(**_SANDWICH, silent_norm_weight=-1.0, activation=("hidden_activation",)),
+    "gemma3_text": Family(**_SANDWICH, silent_norm_weight=-1.0, activation=("hidden_activation",)),
+    "phi3": Family(gate=(), up=(), gate_up=("mlp.gate_up_proj",)),
+    "opt": Family(
+        attention_out=("self_attn.out_proj",),
+        mlp_out=("fc2",),
+        attention_norm_in=("self_attn_layer_norm",),
+        mlp_norm_in=("final_layer_norm",),
+        mlp="",
+        gate=(),
+        up=("fc1",),
+        activation=("activation_function",),
+        width=("ffn_dim",),
+        not_identity=(Condition("do_layer_norm_before", (False,), _POST_NORM),),
+    ),
+    "gpt2": Family(
+        attention_out=("attn.c_proj",),
+        mlp_out=("mlp.c_proj",),
+        attention_norm_in=("ln_1",),
+        mlp_norm_in=("ln_2",),
+        gate=(),
+        up=("mlp.c_fc",),
+        activation=("activation_function",),
+        width=("n_inner",),
+        refused=(Condition("scale_attn_by_inverse_layer_idx", (True,), _GPT2_SCALE),),
+    ),
+    "gpt_neox": Family(
+        attention_out=("attention.dense",),
+        mlp_out=("mlp.dense_4h_to_h",),
+        gate=(),
+        up=("mlp.dense_h_to_4h",),
+        parallel=(Condition("use_parallel_residual"),),
+    ),
+}

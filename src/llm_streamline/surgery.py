@@ -1,0 +1,210 @@
+"""The only code that changes which layers a model has.
+
+The ModuleList, the layer count, every per-layer setting of the config and the index each layer stores change together,
+or not at all: everything that can be refused is refused before the first change. Letters: L layers before, N after.
+"""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llm_streamline.arch import ArchSpec, find_arch
+from llm_streamline.blueprint import build_blueprint, compare_layers, plain_settings
+from llm_streamline.errors import ArchitectureError, PlanError
+from llm_streamline.layer_config import check_sources, edited_config
+
+
+def apply_plan(model: PreTrainedModel, plan) -> list[int]:
+    """Give `model`, in place, the layers that `plan` asks for; their weights stay the original's.
+
+    Where a replacement stands, the layer its start is copied from stands in for it: a deep copy, ready to be trained or
+    overwritten.
+
+    Args:
+        model: the model the plan was made for.
+        plan: a `plan.Plan`.
+
+    Returns:
+        N original layer indices: layer i of the edited model came from layer `result[i]`.
+
+    Raises:
+        PlanError: if the plan was made for another number of layers or another hidden size.
+        ArchitectureError: if the edit is not sound for this architecture.
+    """
+    arch = find_arch(model)
+    if plan.model.num_layers != arch.num_layers:
+        raise PlanError(
+            f"the plan is for a model of {plan.model.num_layers} layers, this one has {arch.num_layers}; "
+            "make a plan for this model"
+        )
+    sources = list(plan.layer_sources())
+    keep_layers(model, sources)
+    return sources
+
+
+def keep_layers(model: PreTrainedModel, sources: Sequence[int]) -> None:
+    """Rebuild `model` in place so that its layer i is the original layer `sources[i]`.
+
+    Weights are not changed. The first use of an index keeps the layer itself, every further use a deep copy of it.
+
+    Args:
+        model: a transformers causal language model.
+        sources: N indices in [0, L), in any order.
+
+    Raises:
+        ArchitectureError: if the result would not be sound; the model is then as it was.
+    """
+    arch = find_arch(model)
+    check_sources(sources, arch.num_layers)
+    layers = model.get_submodule(arch.layers)
+    configs = _edited_configs(model, sources)
+    chosen = [_own_or_copy(layers, sources, place) for place in range(len(sources))]
+    renumbered = _Renumbering(arch, chosen)
+    try:
+        renumbered.apply()
+        fresh = build_blueprint(model, configs[id(model.config)])
+        if getattr(model, "hf_quantizer", None) is None:  # packed weights have other classes and shapes than fresh ones
+            compare_layers(nn.ModuleList(chosen), fresh.get_submodule(arch.layers), arch.model_type)
+    except BaseException:
+        renumbered.undo()
+        raise
+    for module in model.modules():
+        _swap_configs(module, configs)
+    for layer in chosen:
+        for module in layer.modules():
+            _swap_configs(module, configs)
+    _set_layers(model, arch.layers, chosen)
+    _follow_blueprint(model, fresh, arch.layers)
+
+
+def shared_view(
+    model: PreTrainedModel, sources: Sequence[int], replacements: dict[int, nn.Module] | None = None
+) -> PreTrainedModel:
+    """A second model whose layer i is the original layer `sources[i]`, sharing every weight with `model`.
+
+    Only the modules on the way to the layer list are (shallow) copies, so a view costs no memory and leaves `model`
+    as it is. It is for forwards with `use_cache=False` and hooks of your own: layers keep the index of their place in
+    `model`, which a cache would stumble over, and `output_hidden_states` installs lasting hooks.
+
+    Args:
+        model: a transformers causal language model.
+        sources: N indices in [0, L), in any order, repeated or not.
+        replacements: modules to use at places in [0, N) instead of the shared layer.
+
+    Raises:
+        ArchitectureError: if the edit is not sound for this architecture.
+    """
+    arch = find_arch(model)
+    check_sources(sources, arch.num_layers)
+    layers = model.get_submodule(arch.layers)
+    replacements = replacements or {}
+    wrong = [place for place in replacements if not 0 <= place < len(sources)]
+    if wrong:
+        raise ArchitectureError(f"no layer {wrong[0]} to replace: the view has {len(sources)} layers")
+    configs = _edited_configs(model, sources)
+    view = _shallow_copy(model, configs)
+    node, original = view, model
+    for name in arch.layers.split(".")[:-1]:
+        original = original.get_submodule(name)
+        node._modules[name] = _shallow_copy(original, configs)
+        node = node._modules[name]
+    chosen = [replacements.get(place, layers[source]) for place, source in enumerate(sources)]
+    _set_layers(view, arch.layers, chosen)
+    return view
+
+
+def _edited_configs(model, sources) -> dict[int, PreTrainedConfig]:
+    """Edited configs by the id of the object they stand in for: the model's own and its nested text config."""
+    from llm_streamline.layer_config import text_config
+
+    new = edited_config(model.config, sources)
+    old_text, new_text = text_config(model.config), text_config(new)
+    configs = {id(model.config): new, id(old_text): new_text}
+    for module in model.modules():  # some families hand copies of the config to their parts
+        for value in vars(module).values():
+            if type(value) is type(old_text) and id(value) not in configs:
+                same_depth = value.num_hidden_layers == old_text.num_hidden_layers
+                configs[id(value)] = edited_config(value, sources) if same_depth else value
+    return configs
+
+
+def _swap_configs(module, configs) -> None:
+    for name, value in vars(module).items():
+        if isinstance(value, PreTrainedConfig) and id(value) in configs:
+            setattr(module, name, configs[id(value)])
+
+
+def _own_or_copy(layers, sources, place):
+    source = sources[place]
+    if source not in sources[:place]:
+        return layers[source]
+    if any(parameter.is_meta for parameter in layers[source].parameters()) and hasattr(layers[source], "_hf_hook"):
+        raise ArchitectureError(
+            f"layer {source} is offloaded, so that it cannot be copied; load the model without offloading it"
+        )
+    return copy.deepcopy(layers[source])
+
+
+class _Renumbering:
+    """Writes each layer's place into its index fields, and can take that back."""
+
+    def __init__(self, arch: ArchSpec, chosen: Sequence[nn.Module]):
+        self._changes = []  # (module, attribute, old value, new value)
+        for place, layer in enumerate(chosen):
+            modules = dict(layer.named_modules())
+            for field in arch.index_fields:
+                module = modules.get(field.module)
+                if module is not None and field.name in vars(module):
+                    self._changes.append((module, field.name, getattr(module, field.name), place + field.offset))
+
+    def apply(self) -> None:
+        for module, name, _, new in self._changes:
+            setattr(module, name, new)
+
+    def undo(self) -> None:
+        for module, name, old, _ in self._changes:
+            setattr(module, name, old)
+
+
+def _follow_blueprint(model, fresh, path) -> None:
+    """Plain settings that the modules around the layers derive from the config (counts, has_sliding_layers)."""
+    node, built = model, fresh
+    for name in ["", *path.split(".")[:-1]]:
+        node, built = node.get_submodule(name), built.get_submodule(name)
+        ours = plain_settings(node)
+        for key, value in plain_settings(built).items():
+            if key in ours and ours[key] != value and key != "name_or_path":
+                setattr(node, key, value)
+
+
+def _set_layers(model, path, layers) -> None:
+    owner, _, name = path.rpartition(".")
+    model.get_submodule(owner)._modules[name] = nn.ModuleList(layers)
+
+
+def _shallow_copy(module: nn.Module, configs) -> nn.Module:
+    """A copy of `module` with its own dictionaries and config, and the same children and tensors."""
+    clone = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict):
+            clone.__dict__[name] = copy.copy(value)
+    _swap_configs(clone, configs)
+    _rebind_offload_hook(clone)
+    return clone
+
+
+def _rebind_offload_hook(clone: nn.Module) -> None:
+    # accelerate stores a bound `forward` on the module; on a copy it would still run the original
+    clone.__dict__.pop("forward", None)
+    clone.__dict__.pop("_old_forward", None)
+    hook = clone.__dict__.get("_hf_hook")
+    if hook is not None:
+        clone.forward = partial(_hooked_forward, clone, hook)
+
+
+def _hooked_forward(module, hook, *args, **kwargs):
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return hook.post_forward(module, type(module).forward(module, *args, **kwargs))

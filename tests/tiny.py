@@ -1,0 +1,111 @@
+"""Tiny random models of every architecture we edit: float32, seeded, milliseconds to build.
+
+Weights are scaled so that every layer changes its input by about its own size and logits differ by whole units: a
+wrong mask, a lost layer or a shifted position cannot hide in rounding. Windows of sliding and chunked attention are
+shorter than `tiny_tokens`, and kinds of layers are mixed without a period, so that a stale index shows.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+NUM_LAYERS = 8
+HIDDEN_SIZE = 32
+VOCAB_SIZE = 160
+WINDOW = 8  # keys a sliding or chunked layer sees
+SEQ_LEN = 24
+
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN_SIZE,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SLIDING = "sliding_attention"
+_FULL = "full_attention"
+_MIXED = [_SLIDING, _FULL, _SLIDING, _SLIDING, _FULL, _SLIDING, _FULL, _FULL]
+
+
+@dataclass(frozen=True)
+class TinyRow:
+    """One test case: a model type and what its config needs beyond the common sizes."""
+
+    model_type: str
+    config: dict[str, Any] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()  # common keys this family does not know
+
+
+def _row(model_type: str, *drop: str, **config: Any) -> TinyRow:
+    return TinyRow(model_type, config, drop)
+
+
+TINY_ROWS: dict[str, TinyRow] = {
+    "llama": _row("llama"),
+    "llama_tied_bias": _row("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "mistral": _row("mistral", sliding_window=WINDOW, head_dim=8),
+    "qwen2": _row("qwen2", sliding_window=WINDOW, use_sliding_window=True, layer_types=_MIXED),
+    "qwen2_tied": _row(
+        "qwen2", tie_word_embeddings=True, use_sliding_window=True, max_window_layers=3, sliding_window=WINDOW
+    ),
+    "qwen3": _row("qwen3", sliding_window=WINDOW, use_sliding_window=True, layer_types=_MIXED, head_dim=16),
+    "gemma2": _row("gemma2", sliding_window=WINDOW, layer_types=_MIXED, head_dim=16, query_pre_attn_scalar=16),
+    "gemma3_text": _row(
+        "gemma3_text", sliding_window=WINDOW, layer_types=_MIXED, head_dim=16, query_pre_attn_scalar=16
+    ),
+    "phi3": _row("phi3", sliding_window=WINDOW),
+    "opt": _row("opt", "intermediate_size", ffn_dim=48, word_embed_proj_dim=HIDDEN_SIZE, do_layer_norm_before=True),
+    "opt_post_norm": _row("opt", "intermediate_size", ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "gpt2": _row("gpt2", "intermediate_size"),
+    "gpt_neox": _row("gpt_neox", use_parallel_residual=True, rotary_pct=0.5),
+    "gpt_neox_sequential": _row("gpt_neox", use_parallel_residual=False),
+}
+
+
+def tiny_config(name: str, **overrides: Any):
+    """The config of the test case `name`; `overrides` win over its row (num_hidden_layers=6, tie_word_embeddings=True)."""
+    row = TINY_ROWS[name]
+    settings = {key: value for key, value in _COMMON.items() if key not in row.drop} | row.config | overrides
+    for key, value in settings.items():  # a shorter model takes the head of each per-layer list
+        if isinstance(value, list) and len(value) == NUM_LAYERS and key not in overrides:
+            settings[key] = value[: settings["num_hidden_layers"]]
+    return AutoConfig.for_model(row.model_type, **settings)
+
+
+def tiny_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random float32 model of the test case `name`, in eval mode, without gradients.
+
+    Args:
+        name: a key of `TINY_ROWS`.
+        seed: of the weights; the global generator is left as it was.
+        overrides: config keys that win over the row's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides)).float()
+        _spread_weights(model)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_tokens(batch: int = 2, seq_len: int = SEQ_LEN, *, seed: int = 0) -> torch.Tensor:
+    """(batch, seq_len) int64 token ids without the special ids 0, 1, 2."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (batch, seq_len), generator=generator)
+
+
+@torch.no_grad()
+def _spread_weights(model: PreTrainedModel) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms and biases: every channel its own value
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        else:
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    for embedding in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+        embedding.weight.normal_(0, 1)
