@@ -119,7 +119,7 @@ def _read_file(file: Path, metric: str) -> Answers | None:
         raise TaskError(f"{file} holds no answers.")
     first = rows[0][0]
     try:
-        if _OWN_KEYS <= first.keys():
+        if first.keys() >= _OWN_KEYS:
             return _from_own(rows, file, metric)
         if "doc_id" in first and ("filtered_resps" in first or "resps" in first):
             return _from_lm_eval(rows, file)

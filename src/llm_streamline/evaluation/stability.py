@@ -54,7 +54,7 @@ def reference_bug(sigma_N: np.ndarray, kept_N: np.ndarray) -> float:
 
 
 def mcnemar_p(tf: int, ft: int) -> float:
-    """Return the exact two-sided p-value that lost (tf) and won (ft) answers are equally likely; 1 when there are none."""
+    """Return the exact two-sided p-value that lost (tf) and won (ft) answers are equally likely; 1 without any."""
     n, k = tf + ft, min(tf, ft)
     if n == 0:
         return 1.0
