@@ -32,6 +32,8 @@ _COMMON = {
 _SLIDING = "sliding_attention"
 _FULL = "full_attention"
 _MIXED = [_SLIDING, _FULL, _SLIDING, _SLIDING, _FULL, _SLIDING, _FULL, _FULL]
+_CHUNKED = [_FULL if kind == _FULL else "chunked_attention" for kind in _MIXED]
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,89 @@ TINY_ROWS: dict[str, TinyRow] = {
     "gpt2": _row("gpt2", "intermediate_size"),
     "gpt_neox": _row("gpt_neox", use_parallel_residual=True, rotary_pct=0.5),
     "gpt_neox_sequential": _row("gpt_neox", use_parallel_residual=False),
+    "mixtral": _row("mixtral", sliding_window=WINDOW, **_EXPERTS),
+    "qwen2_moe": _row(
+        "qwen2_moe",
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=_MIXED,
+        shared_expert_intermediate_size=24,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        **_EXPERTS,
+    ),
+    "qwen3_moe": _row("qwen3_moe", head_dim=16, mlp_only_layers=[1, 5], sliding_window=None, **_EXPERTS),
+    "qwen3_moe_step": _row("qwen3_moe", head_dim=16, decoder_sparse_step=3, **_EXPERTS),
+    "gemma": _row("gemma", head_dim=16),
+    "phi": _row("phi", partial_rotary_factor=0.5),
+    "phi_qk_norm": _row("phi", qk_layernorm=True),
+    "gpt_neo": _row("gpt_neo", attention_types=[[["global", "local"], 2], [["local"], 4]], window_size=WINDOW),
+    "gptj": _row("gptj", "intermediate_size", rotary_dim=4),
+    "bloom": _row("bloom", "intermediate_size"),
+    "bloom_post_norm": _row("bloom", "intermediate_size", apply_residual_connection_post_layernorm=True),
+    "falcon": _row("falcon", multi_query=True, parallel_attn=True, new_decoder_architecture=False, alibi=False),
+    "falcon_new": _row("falcon", new_decoder_architecture=True, num_kv_heads=2, alibi=False),
+    "falcon_alibi": _row("falcon", multi_query=False, parallel_attn=False, new_decoder_architecture=False, alibi=True),
+    "stablelm": _row("stablelm", partial_rotary_factor=0.5),
+    "stablelm_parallel": _row("stablelm", use_parallel_residual=True, qk_layernorm=True, use_qkv_bias=True),
+    "starcoder2": _row("starcoder2", sliding_window=WINDOW),
+    "olmo": _row("olmo", clip_qkv=8.0),
+    "olmo2": _row("olmo2"),
+    "granite": _row(
+        "granite", residual_multiplier=0.7, embedding_multiplier=2.0, logits_scaling=0.5, attention_multiplier=0.3
+    ),
+    "cohere": _row("cohere", logit_scale=0.5, use_qk_norm=False),
+    "cohere_qk_norm": _row("cohere", logit_scale=0.5, use_qk_norm=True),
+    "cohere2": _row("cohere2", logit_scale=0.5, sliding_window=WINDOW, layer_types=_MIXED),
+    "smollm3": _row(
+        "smollm3",
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 0],
+        layer_types=_MIXED,
+    ),
+    "gpt_oss": _row("gpt_oss", head_dim=8, sliding_window=WINDOW, layer_types=_MIXED, **_EXPERTS),
+    "deepseek_v3": _row(
+        "deepseek_v3",
+        first_k_dense_replace=2,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        num_key_value_heads=4,
+    ),
+    "glm4": _row("glm4", head_dim=8),
+    "ernie4_5": _row("ernie4_5", head_dim=8, use_bias=True),
+    "exaone4": _row("exaone4", sliding_window=WINDOW, layer_types=_MIXED),
+    "lfm2": _row(
+        "lfm2",
+        layer_types=["conv", "full_attention", "conv", "full_attention", "conv", "full_attention", "conv", "conv"],
+        block_auto_adjust_ff_dim=False,
+    ),
+    "mamba": _row("mamba", "num_attention_heads", "num_key_value_heads", state_size=8),
+    "llama4_text": _row(
+        "llama4_text",
+        head_dim=8,
+        moe_layers=[1, 2, 6],
+        no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 0],
+        layer_types=_CHUNKED,
+        attention_chunk_size=WINDOW,
+        intermediate_size_mlp=40,
+        attn_temperature_tuning=False,
+        **_EXPERTS,
+    ),
 }
 
 
 def tiny_config(name: str, **overrides: Any):
-    """The config of the test case `name`; `overrides` win over its row (num_hidden_layers=6, tie_word_embeddings=True)."""
+    """The config of the test case `name`; `overrides` (num_hidden_layers=6, head_dim=16 ...) win over its row."""
     row = TINY_ROWS[name]
     settings = {key: value for key, value in _COMMON.items() if key not in row.drop} | row.config | overrides
     for key, value in settings.items():  # a shorter model takes the head of each per-layer list

@@ -99,7 +99,7 @@ def find_arch(model: PreTrainedModel) -> ArchSpec:
     path = _find_layers(model, text)
     layers = model.get_submodule(path)
     owner = path.rpartition(".")[0]
-    first = layers[0]
+    first = _first_stock_layer(layers, family, text.model_type)
     obstacle = next((c.reason for c in family.not_identity if c.holds(text)), None)
     return ArchSpec(
         model_type=text.model_type,
@@ -126,7 +126,7 @@ def find_arch(model: PreTrainedModel) -> ArchSpec:
 
 def get_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of `model`, a live view: what is put into it is in the model."""
-    return model.get_submodule(find_arch(model).layers)
+    return model.get_submodule(_find_layers(model, text_config(model.config)))
 
 
 def identity_possible(arch: ArchSpec) -> bool:
@@ -238,6 +238,17 @@ def _find_layers(model, text) -> str:
     return fitting[0]
 
 
+def _first_stock_layer(layers, family, model_type) -> nn.Module:
+    """The first layer of the family's own kind; a replacement network may stand before it."""
+    names = family.attention_out + family.mlp_out
+    for layer in layers:
+        if _present(layer, names):
+            return layer
+    raise ArchitectureError(
+        f"the layers of this {model_type} have none of {', '.join(names)}: not what transformers builds for this family"
+    )
+
+
 def _described_by(model, path, text) -> bool:
     """Whether the nearest module around `path` that has a config has the text model's (a vision tower has its own)."""
     while path:
@@ -279,7 +290,7 @@ def _path_of(model, module) -> str | None:
 
 def _activation(text, family) -> str | None:
     names = (getattr(text, key, None) for key in family.activation)
-    return next((name for name in names if isinstance(name, str)), None)
+    return next((name for name in names if isinstance(name, str)), family.fixed_activation)
 
 
 def _is_module(layer, path) -> bool:

@@ -42,6 +42,7 @@ class Family:
     up: tuple[str, ...] = ("mlp.up_proj",)
     gate_up: tuple[str, ...] = ()  # gate and up in one projection
     activation: tuple[str, ...] = ("hidden_act",)  # config keys, the first that is set wins
+    fixed_activation: str | None = None  # where the config has no key for it
     width: tuple[str, ...] = ("intermediate_size",)  # config keys of the MLP's width
     parallel: bool | tuple[Condition, ...] = False  # attention and MLP read the same state; any condition suffices
     not_identity: tuple[Condition, ...] = ()  # settings under which no weights make the layer the identity
@@ -49,13 +50,21 @@ class Family:
     cache_kinds: tuple[str, ...] = ()  # hybrid: layer types of which one must stay, because they know the length
 
 
-_PLAIN = {"gate": (), "mlp_norm_in": ("post_attention_layernorm",)}
+_ONE_NORM = {"mlp_norm_in": ("input_layernorm",), "parallel": True}  # both branches read one norm
+_EXPERTS = {"mlp_out": ("mlp.experts.down_proj", "mlp.down_proj")}
+_NORM_OUT = {  # norms only behind the sublayers
+    "attention_norm_in": (),
+    "mlp_norm_in": (),
+    "attention_norm_out": ("post_attention_layernorm",),
+    "mlp_norm_out": ("post_feedforward_layernorm",),
+}
 _SANDWICH = {
     "attention_norm_out": ("post_attention_layernorm",),
     "mlp_norm_in": ("pre_feedforward_layernorm",),
     "mlp_norm_out": ("post_feedforward_layernorm",),
 }
 _GPT2_SCALE = "attention is divided by the layer's index plus one, so that a renumbered layer computes something else"
+_NORMED_RESIDUAL = "the residual stream itself is normed in every layer"
 _POST_NORM = "the layer norm stands after the residual addition"
 
 FAMILIES: dict[str, Family] = {
@@ -95,5 +104,103 @@ FAMILIES: dict[str, Family] = {
         gate=(),
         up=("mlp.dense_h_to_4h",),
         parallel=(Condition("use_parallel_residual"),),
+    ),
+    "mixtral": Family(mlp_out=("mlp.experts.down_proj",), width=()),
+    "qwen2_moe": Family(mlp_out=("mlp.experts.down_proj", "mlp.shared_expert.down_proj", "mlp.down_proj")),
+    "qwen3_moe": Family(**_EXPERTS),
+    "gemma": Family(),
+    "phi": Family(attention_out=("self_attn.dense",), mlp_out=("mlp.fc2",), gate=(), up=("mlp.fc1",), **_ONE_NORM),
+    "gpt_neo": Family(
+        attention_out=("attn.attention.out_proj",),
+        mlp_out=("mlp.c_proj",),
+        attention_norm_in=("ln_1",),
+        mlp_norm_in=("ln_2",),
+        gate=(),
+        up=("mlp.c_fc",),
+        activation=("activation_function",),
+    ),
+    "gptj": Family(
+        attention_out=("attn.out_proj",),
+        mlp_out=("mlp.fc_out",),
+        attention_norm_in=("ln_1",),
+        mlp_norm_in=("ln_1",),
+        gate=(),
+        up=("mlp.fc_in",),
+        activation=("activation_function",),
+        width=("n_inner",),
+        parallel=True,
+    ),
+    "bloom": Family(
+        attention_out=("self_attention.dense",),
+        mlp_out=("mlp.dense_4h_to_h",),
+        gate=(),
+        up=("mlp.dense_h_to_4h",),
+        activation=(),
+        fixed_activation="gelu_pytorch_tanh",
+        width=("n_inner",),
+        not_identity=(Condition("apply_residual_connection_post_layernorm", (True,), _NORMED_RESIDUAL),),
+    ),
+    "falcon": Family(
+        attention_out=("self_attention.dense",),
+        mlp_out=("mlp.dense_4h_to_h",),
+        attention_norm_in=("ln_attn", "input_layernorm"),
+        mlp_norm_in=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
+        gate=(),
+        up=("mlp.dense_h_to_4h",),
+        activation=("activation",),
+        width=("ffn_hidden_size",),
+        parallel=(Condition("parallel_attn"), Condition("new_decoder_architecture")),
+    ),
+    "stablelm": Family(
+        mlp_norm_in=("post_attention_layernorm", "input_layernorm"),
+        parallel=(Condition("use_parallel_residual"),),
+    ),
+    "starcoder2": Family(mlp_out=("mlp.c_proj",), gate=(), up=("mlp.c_fc",)),
+    "olmo": Family(),
+    "olmo2": Family(**_NORM_OUT),
+    "granite": Family(),
+    "cohere": Family(**_ONE_NORM),
+    "cohere2": Family(**_ONE_NORM),
+    "smollm3": Family(),
+    "gpt_oss": Family(mlp_out=("mlp.experts.down_proj",), width=()),
+    "deepseek_v3": Family(mlp_out=("mlp.experts.down_proj", "mlp.shared_experts.down_proj", "mlp.down_proj")),
+    "glm4": Family(
+        attention_norm_out=("post_self_attn_layernorm",),
+        mlp_norm_out=("post_mlp_layernorm",),
+        gate=(),
+        up=(),
+        gate_up=("mlp.gate_up_proj",),
+    ),
+    "ernie4_5": Family(),
+    "exaone4": Family(**_NORM_OUT),
+    "lfm2": Family(
+        attention_out=("self_attn.out_proj", "conv.out_proj"),
+        mlp_out=("feed_forward.w2",),
+        attention_norm_in=("operator_norm",),
+        mlp_norm_in=("ffn_norm",),
+        mlp="feed_forward",
+        gate=("feed_forward.w1",),
+        up=("feed_forward.w3",),
+        activation=(),
+        fixed_activation="silu",
+        width=(),  # the config's number is rounded when the model is built
+        cache_kinds=("full_attention",),
+    ),
+    "mamba": Family(
+        attention_out=("mixer.out_proj",),
+        mlp_out=(),
+        attention_norm_in=("norm",),
+        mlp_norm_in=(),
+        mlp="",
+        gate=(),
+        up=(),
+        width=(),
+    ),
+    "llama4_text": Family(
+        mlp_out=("feed_forward.experts.down_proj", "feed_forward.shared_expert.down_proj", "feed_forward.down_proj"),
+        mlp="feed_forward",
+        gate=("feed_forward.gate_proj",),
+        up=("feed_forward.up_proj",),
+        width=("intermediate_size_mlp",),
     ),
 }

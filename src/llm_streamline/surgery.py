@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llm_streamline.arch import ArchSpec, find_arch
 from llm_streamline.blueprint import build_blueprint, compare_layers, plain_settings
 from llm_streamline.errors import ArchitectureError, PlanError
-from llm_streamline.layer_config import check_sources, edited_config
+from llm_streamline.layer_config import LIST_KEYS, check_sources, edited_config, text_config
 
 
 def apply_plan(model: PreTrainedModel, plan) -> list[int]:
@@ -62,7 +62,7 @@ def keep_layers(model: PreTrainedModel, sources: Sequence[int]) -> None:
     layers = model.get_submodule(arch.layers)
     configs = _edited_configs(model, sources)
     chosen = [_own_or_copy(layers, sources, place) for place in range(len(sources))]
-    renumbered = _Renumbering(arch, chosen)
+    renumbered = _Renumbering(arch, chosen, text_config(model.config), text_config(configs[id(model.config)]))
     try:
         renumbered.apply()
         fresh = build_blueprint(model, configs[id(model.config)])
@@ -118,8 +118,6 @@ def shared_view(
 
 def _edited_configs(model, sources) -> dict[int, PreTrainedConfig]:
     """Edited configs by the id of the object they stand in for: the model's own and its nested text config."""
-    from llm_streamline.layer_config import text_config
-
     new = edited_config(model.config, sources)
     old_text, new_text = text_config(model.config), text_config(new)
     configs = {id(model.config): new, id(old_text): new_text}
@@ -149,22 +147,32 @@ def _own_or_copy(layers, sources, place):
 
 
 class _Renumbering:
-    """Writes each layer's place into its index fields, and can take that back."""
+    """Writes each layer's place into its index fields, and can take that back.
 
-    def __init__(self, arch: ArchSpec, chosen: Sequence[nn.Module]):
+    A layer that keeps a copy of a per-layer list (GPT-Neo's attention_layers) gets the edited one.
+    """
+
+    def __init__(self, arch: ArchSpec, chosen: Sequence[nn.Module], old: PreTrainedConfig, new: PreTrainedConfig):
         self._changes = []  # (module, attribute, old value, new value)
+        lists = {key: value for key, value in vars(old).items() if isinstance(value, list) and key in LIST_KEYS}
         for place, layer in enumerate(chosen):
             modules = dict(layer.named_modules())
             for field in arch.index_fields:
                 module = modules.get(field.module)
                 if module is not None and field.name in vars(module):
                     self._changes.append((module, field.name, getattr(module, field.name), place + field.offset))
+            for module in modules.values():
+                for name in lists.keys() & vars(module).keys():
+                    if getattr(module, name) == lists[name]:
+                        self._changes.append((module, name, lists[name], getattr(new, name)))
 
     def apply(self) -> None:
+        """Write the new values."""
         for module, name, _, new in self._changes:
             setattr(module, name, new)
 
     def undo(self) -> None:
+        """Write the old values back."""
         for module, name, old, _ in self._changes:
             setattr(module, name, old)
 
