@@ -1,0 +1,52 @@
+"""How large a model is: parameters, bytes of weights, bytes of key-value cache that one more token costs."""
+
+import torch
+from torch import Tensor, nn
+
+from llm_streamline.arch import get_layers
+from llm_streamline.evaluation.result import SizeResult
+
+_PROBE_TOKENS = 2
+
+
+def model_size(model: nn.Module) -> SizeResult:
+    """Measure `model`; tied parameters count once. Runs a forward over two tokens to see the real cache."""
+    parameters = {id(p): p for p in model.parameters()}
+    embedding_modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embedding_modules += [module for module in (model.get_output_embeddings(),) if module is not None]
+    embedding_modules.append(model.get_input_embeddings())
+    embeddings = {id(p): p for module in embedding_modules for p in module.parameters()}
+    layers = get_layers(model)
+    total, embedding = _count(parameters), _count(embeddings)
+    return SizeResult(
+        num_layers=len(layers),
+        parameters=total,
+        embedding_parameters=embedding,
+        non_embedding_parameters=total - embedding,
+        layer_parameters=_count({id(p): p for p in layers.parameters()}),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+        kv_bytes_per_token=kv_bytes_per_token(model),
+        dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+    )
+
+
+def _count(parameters: dict[int, Tensor]) -> int:
+    return sum(p.numel() for p in parameters.values())
+
+
+@torch.inference_mode()
+def kv_bytes_per_token(model: nn.Module) -> int:
+    """Return the bytes that one token adds to the key-value cache of all layers together, batch of one.
+
+    Read off the cache that the model itself makes, so grouped heads, latent attention and shared caches count as they
+    are. Sliding layers cost this until their window is full; recurrent states, which do not grow, count nothing.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.long, device=device)
+    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    total = 0
+    for layer in getattr(cache, "layers", None) or ():
+        for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(part, Tensor) and part.dim() == 4:  # (batch, heads, tokens, head width)
+                total += part.numel() * part.element_size() // part.shape[2]
+    return total

@@ -1,0 +1,124 @@
+"""Prefill and decode speed, measured in turns: original, model, original, model, ...
+
+A machine's speed drifts while it is measured (clock, heat, neighbours). Taken in turns, both models meet the same
+drift, and the ratio of one turn to the next is what carries over to other places; its quartiles over the rounds are
+the spread.
+"""
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from llm_streamline.evaluation.result import SizeResult, SpeedComparison, SpeedRatio, SpeedResult
+from llm_streamline.logs import progress_bar
+from llm_streamline.runtime import peak_memory, reset_peak_memory
+
+
+@dataclass
+class Timings:
+    """Seconds of each round: reading the prompts, and one decode step."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class SpeedSetup:
+    """What is timed: a batch of prompts read, then some single tokens fed one after the other."""
+
+    batch_size: int = 1
+    prompt_tokens: int = 256
+    new_tokens: int = 16
+    rounds: int = 5
+    seed: int = 0
+
+
+def time_in_turns(models: list[nn.Module], setup: SpeedSetup) -> list[Timings]:
+    """Time all models round by round, after one round that is thrown away.
+
+    The tokens are random (content does not change the work) and the same for all models.
+    """
+    smallest_vocab = min(model.get_input_embeddings().weight.shape[0] for model in models)
+    generator = torch.Generator().manual_seed(setup.seed)
+    prompt = torch.randint(0, smallest_vocab, (setup.batch_size, setup.prompt_tokens), generator=generator)
+    timings = [Timings() for _ in models]
+    with progress_bar("speed", setup.rounds + 1) as bar:
+        for round_number in range(setup.rounds + 1):
+            order = range(len(models)) if round_number % 2 else reversed(range(len(models)))
+            for number in order:
+                reset_peak_memory()
+                prefill, decode = _time_once(models[number], prompt, setup.new_tokens)
+                if round_number:
+                    timings[number].prefill.append(prefill)
+                    timings[number].decode.append(decode)
+                    peak = peak_memory()
+                    timings[number].peak_memory_bytes = peak.device_bytes or peak.host_bytes
+            bar.advance()
+    return timings
+
+
+@torch.inference_mode()
+def _time_once(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    device = model.get_input_embeddings().weight.device
+    wait = _synchroniser(device)
+    prompt = prompt.to(device)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    wait()
+    start = time.perf_counter()
+    output = model(input_ids=prompt, use_cache=True, **last_only)
+    wait()
+    prefill = time.perf_counter() - start
+    token = output.logits[:, -1:].argmax(dim=-1)
+    cache = "past_key_values" if "past_key_values" in output else "cache_params"  # the latter: state-space models
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
+        token = output.logits[:, -1:].argmax(dim=-1)
+    wait()
+    return prefill, (time.perf_counter() - start) / new_tokens
+
+
+def _synchroniser(device: torch.device) -> Callable[[], None]:
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    if device.type == "mps":
+        return torch.mps.synchronize
+    return lambda: None
+
+
+def speed_result(timings: Timings, setup: SpeedSetup) -> SpeedResult:
+    """Sum up one model's timings: medians over the rounds."""
+    prefill, decode = statistics.median(timings.prefill), statistics.median(timings.decode)
+    return SpeedResult(
+        batch_size=setup.batch_size,
+        prompt_tokens=setup.prompt_tokens,
+        new_tokens=setup.new_tokens,
+        rounds=setup.rounds,
+        prefill_seconds=prefill,
+        prefill_tokens_per_second=setup.batch_size * setup.prompt_tokens / prefill,
+        decode_seconds_per_token=decode,
+        decode_tokens_per_second=setup.batch_size / decode,
+        peak_memory_bytes=timings.peak_memory_bytes,
+    )
+
+
+def compare_speed(original: Timings, model: Timings, original_size: SizeResult, size: SizeResult) -> SpeedComparison:
+    """Compare two models timed in the same turns, and hold the ratios against what removing the layers could give."""
+    ideal = original_size.layer_parameters / size.layer_parameters if size.layer_parameters else 1.0
+    return SpeedComparison(
+        prefill=_ratio(original.prefill, model.prefill, ideal), decode=_ratio(original.decode, model.decode, ideal)
+    )
+
+
+def _ratio(original: list[float], model: list[float], ideal: float) -> SpeedRatio:
+    ratios = [before / after for before, after in zip(original, model, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
+    ratio = statistics.median(ratios)
+    share = (1 - 1 / ratio) / (1 - 1 / ideal) if ideal > 1 else None
+    return SpeedRatio(ratio=ratio, low=low, high=high, ideal_ratio=ideal, share_of_ideal=share)
