@@ -1,0 +1,51 @@
+"""One pass over windows that feeds an observer with the states between layers, and stops before the head."""
+
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llm_streamline.data.windows import Windows
+from llm_streamline.logs import progress_bar
+from llm_streamline.measure.partial import run_tapped
+
+
+class Observer(Protocol):
+    """Something that is updated with the states of each batch."""
+
+    @property
+    def boundaries(self) -> range:
+        """Which states it needs, as a range of boundaries."""
+
+    def update(self, states: list[Tensor], mask: Tensor | None, first_window: int) -> None:
+        """Take the states (B, T, d) at those boundaries; `mask` (B, T) is true for real tokens."""
+
+
+def batches(windows: Windows, batch_tokens: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first window, input_ids (B, T) on `device`) with at most `batch_tokens` tokens, at least one."""
+    per_batch = max(1, batch_tokens // windows.input_ids.shape[1])
+    for start in range(0, len(windows), per_batch):
+        ids = torch.as_tensor(windows.input_ids[start : start + per_batch])
+        yield start, ids.to(device=device, dtype=torch.long)
+
+
+@torch.inference_mode()
+def observe(model: nn.Module, windows: Windows, observer: Observer, batch_tokens: int, title: str) -> float:
+    """Run the layers over all windows and feed the observer; memory does not grow with their number.
+
+    Returns:
+        Seconds.
+    """
+    boundaries = observer.boundaries
+    device = model.get_input_embeddings().weight.device
+    started = time.perf_counter()
+    with progress_bar(title, len(windows)) as bar:
+        for start, ids in batches(windows, batch_tokens, device):
+            states, _ = run_tapped(model, {"input_ids": ids}, boundaries, stop=boundaries[-1])
+            observer.update([states[b] for b in boundaries], None, start)
+            bar.advance(len(ids))
+            done = (start + len(ids)) * ids.shape[1]
+            bar.note(f"{done / (time.perf_counter() - started):,.0f} tokens/s")
+    return time.perf_counter() - started

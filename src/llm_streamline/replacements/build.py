@@ -1,0 +1,43 @@
+"""From a plan's edits to replacement networks, and from trained networks to an edited model."""
+
+import torch
+from torch import nn
+
+from llm_streamline.arch import find_arch, get_layers, mlp_facts
+from llm_streamline.plan import Plan, Replace
+from llm_streamline.replacements.base import Replacement
+from llm_streamline.replacements.layer import LayerReplacement, SilencedLayerReplacement
+from llm_streamline.replacements.linear import LinearReplacement
+from llm_streamline.replacements.mlp import MlpReplacement
+from llm_streamline.surgery import apply_plan
+
+
+def build_replacements(model: nn.Module, plan: Plan) -> list[Replacement]:
+    """One network for each Replace of the plan, with the weights of its template layers; `starts.py` sets the start.
+
+    Raises:
+        ArchitectureError: if this architecture cannot hold such a network; the message says why and what can.
+    """
+    return [_build(model, plan, edit) for edit in plan.edits if isinstance(edit, Replace)]
+
+
+def _build(model: nn.Module, plan: Plan, edit: Replace) -> Replacement:
+    arch, network = find_arch(model), edit.network
+    if network.kind == "layer":
+        return LayerReplacement(model, plan, edit, arch)
+    if network.kind == "linear":
+        return LinearReplacement(model, plan, edit, arch)
+    facts = mlp_facts(get_layers(model)[edit.templates[0]], arch)
+    own_mlp = facts.kind == ("gated" if network.kind == "swiglu" else "plain")
+    own_shape = network.width in (None, facts.width) and network.activation in (None, facts.activation)
+    if own_mlp and own_shape and network.residual and arch.identity_obstacle is None:
+        return SilencedLayerReplacement(model, plan, edit, arch)
+    return MlpReplacement(model, plan, edit, arch)
+
+
+@torch.no_grad()
+def install_plan(model: nn.Module, plan: Plan, replacements: list[Replacement]) -> None:
+    """Edit `model` in place: the structure by the plan, then the trained networks' weights."""
+    apply_plan(model, plan)
+    for replacement in replacements:
+        replacement.install(model)

@@ -1,0 +1,142 @@
+"""Solving the last linear map of a replacement exactly, instead of training it from nothing.
+
+Every network here ends in a linear map into the residual stream: y = rest + W a. With the rest held fixed, the W that
+brings y closest to the removed layers' output is a ridge regression (ReplaceMe, arXiv:2505.02819; Ghosted Layers,
+arXiv:2605.15491), whose two moments are collected batch by batch. Shapes: N tokens, f inputs of the map, d width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_streamline.arch import fold_obstacle, get_layers
+from llm_streamline.data.windows import Windows
+from llm_streamline.errors import ArchitectureError
+from llm_streamline.layer_config import text_config
+from llm_streamline.logs import progress_bar
+from llm_streamline.measure.partial import ResumedModel, run_tapped
+from llm_streamline.measure.stream import batches
+from llm_streamline.plan import Plan
+from llm_streamline.replacements.base import Replacement
+from llm_streamline.replacements.linear import LinearReplacement
+
+
+@dataclass
+class Moments:
+    """Weighted second moments of a regression from a (N, f) to r (N, d), in float64."""
+
+    num_inputs: int
+    num_outputs: int
+    device: torch.device
+    aa: Tensor = field(init=False)  # (f, f)
+    ar: Tensor = field(init=False)  # (f, d)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        # float64 is not to be had on every device
+        where = self.device if self.device.type != "mps" else torch.device("cpu")
+        self.aa = torch.zeros(self.num_inputs, self.num_inputs, dtype=torch.float64, device=where)
+        self.ar = torch.zeros(self.num_inputs, self.num_outputs, dtype=torch.float64, device=where)
+
+    def update(self, a: Tensor, r: Tensor, weight: Tensor) -> None:
+        """Add tokens: a (N, f), r (N, d), weight (N,), all float32."""
+        weighted = a * weight.unsqueeze(1)
+        self.aa += (weighted.T @ a).to(self.aa)
+        self.ar += (weighted.T @ r).to(self.ar)
+        self.count += len(a)
+
+    def solve(self, ridge: float, prior: Tensor | None = None) -> Tensor:
+        """The W (d, f) that minimises sum w |r - W a|^2 + ridge * mean(diag(aa)) * |W - prior|^2.
+
+        Args:
+            ridge: pull toward the prior, relative to the mean weighted square of an input; larger than 0.
+            prior: (d, f); None is zero, which leaves the residual stream as it is.
+        """
+        scale = ridge * self.aa.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        system = self.aa + scale * torch.eye(self.num_inputs, dtype=torch.float64, device=self.aa.device)
+        start = torch.zeros_like(self.ar) if prior is None else prior.T.to(self.ar)
+        factor = torch.linalg.cholesky(system)
+        return (start + torch.cholesky_solve(self.ar - self.aa @ start, factor)).T
+
+
+@torch.no_grad()
+def solve_output_projection(
+    model: nn.Module,
+    plan: Plan,
+    replacements: list[Replacement],
+    index: int,
+    windows: Windows,
+    batch_tokens: int,
+    ridge: float,
+) -> None:
+    """Set the last linear map of `replacements[index]` by ridge regression, in place; all else stays as it is.
+
+    Each token counts by the inverse of its target's mean square, so that the massive activation of a first token does
+    not rule the sums (specifications: findings 2).
+
+    Args:
+        model: the original.
+        plan: the plan the replacements were built for.
+        replacements: all of them; those before `index` are used as they are.
+        index: the one to solve.
+        windows: training windows.
+        batch_tokens: tokens run at once.
+        ridge: see `Moments.solve`.
+
+    Raises:
+        ArchitectureError: if the network's output is not linear in its last map.
+    """
+    replacement = replacements[index]
+    _check_linear(model, replacement)
+    scale = getattr(text_config(model.config), "residual_multiplier", 1.0)
+    projection = replacement.output_projection()
+    has_bias = getattr(projection, "bias", None) is not None
+    transposed = not isinstance(projection, nn.Linear)  # GPT-2 stores (in, out)
+    num_outputs, num_inputs = reversed(projection.weight.shape) if transposed else projection.weight.shape
+    device = projection.weight.device
+    moments = Moments(num_inputs + has_bias, num_outputs, device)
+    patches = {position: module for r in replacements for position, module in r.patches().items()}
+    resume_at = min(r.resume_at for r in replacements)
+    resumed = ResumedModel(model, plan.layer_sources(), resume_at, patches)
+    seen: dict[str, Tensor] = {}
+
+    def keep(_module: nn.Module, args: tuple, output: Any) -> None:
+        seen["a"], seen["o"] = args[0], output
+
+    handle = projection.register_forward_hook(keep)
+    try:
+        with progress_bar("closed form", len(windows)) as bar:
+            for _, ids in batches(windows, batch_tokens, device):
+                inputs, stop = {"input_ids": ids}, replacement.edit.stop
+                states, _ = run_tapped(model, inputs, {resume_at, stop}, stop)
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
+                    own, _ = resumed.run(inputs, states[resume_at], replacement.out)
+                a = seen["a"].float().flatten(0, 1)
+                target = states[stop].float().flatten(0, 1)
+                without = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, 1)
+                if has_bias:
+                    a = torch.cat([a, torch.ones(len(a), 1, device=device)], dim=1)
+                weight = 1 / target.square().mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+                moments.update(a, (target - without) / scale, weight)
+                bar.advance(len(ids))
+    finally:
+        handle.remove()
+    prior = torch.eye(num_outputs) if isinstance(replacement, LinearReplacement) else None
+    solution = moments.solve(ridge, prior)
+    weight = solution[:, :num_inputs]
+    projection.weight.copy_(weight.T if transposed else weight)
+    if has_bias:
+        projection.bias.copy_(solution[:, -1])
+
+
+def _check_linear(model: nn.Module, replacement: Replacement) -> None:
+    layer = get_layers(model)[
+        replacement.edit.templates[0] if replacement.edit.templates else replacement.edit.start - 1
+    ]
+    obstacle = fold_obstacle(layer, replacement.arch)
+    if obstacle:
+        raise ArchitectureError(
+            f"no closed form for this {replacement.arch.model_type}: {obstacle}; use init first, average or identity"
+        )

@@ -1,0 +1,105 @@
+"""What training minimises: hidden-state error, language-model loss, divergence from the original's predictions.
+
+Pure functions of tensors. Shapes: B windows, T tokens, d width, V vocabulary. Each returns a mean, so that batches of
+any size are comparable. Everything is computed in float32, whatever the model's dtype.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_TOKENS = 512  # logits are taken to float32 this many positions at a time: V is large
+
+
+def hidden_state_error(
+    predicted: Tensor, target: Tensor, weighting: Literal["uniform", "skip_first", "relative"]
+) -> Tensor:
+    """Mean squared error between the replacement's output and what the removed layers gave.
+
+    LLM-Streamline (arXiv:2403.19135), the MSE objective of section "layer replacement"; `uniform` is the paper's. The
+    first token's massive activation carries nearly all of that error (specifications: findings 2), hence the others.
+
+    Args:
+        predicted: (B, T, d).
+        target: (B, T, d), the original's state at the end of the span.
+        weighting: uniform; skip_first leaves out the first position; relative divides each token's error by the mean
+            square of its target, so that every token counts the same.
+
+    Returns:
+        Scalar, mean over tokens and width (for `relative` without unit).
+    """
+    if weighting == "skip_first":
+        predicted, target = predicted[:, 1:], target[:, 1:]
+    target = target.float()
+    error = (predicted.float() - target).square().mean(dim=-1)
+    if weighting == "relative":
+        error = error / target.square().mean(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return error.mean()
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, in nats.
+
+    Args:
+        logits: (B, T, V).
+        input_ids: (B, T).
+    """
+    return token_losses(logits, input_ids).mean()
+
+
+def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Cross-entropy of each next token: (B, T, V) logits and (B, T) ids -> (B, T - 1) nats."""
+    targets = input_ids[:, 1:].long()
+    flat = logits[:, :-1].flatten(0, 1)
+    losses = _in_chunks(_cross_entropy, flat, targets.flatten())
+    return losses.view(targets.shape)
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0, temperature: float = 1.0) -> Tensor:
+    """Mean Kullback-Leibler divergence KL(teacher || student) of the next-token distributions, in nats.
+
+    Hinton et al. 2015 (arXiv:1503.02531), section 2: scaled by temperature squared, so that gradients keep their size.
+
+    Args:
+        student_logits: (B, T, V).
+        teacher_logits: (B, T, V), no gradient.
+        top_k: compare the teacher's k likeliest tokens, and all others together as one; 0 compares all.
+        temperature: divides both logits.
+    """
+    student, teacher = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
+    divergences = _in_chunks(lambda s, t: _token_divergence(s, t, top_k, temperature), student, teacher)
+    return divergences.mean() * temperature**2
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _token_divergence(student: Tensor, teacher: Tensor, top_k: int, temperature: float) -> Tensor:
+    student = F.log_softmax(student.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    if top_k and top_k < teacher.shape[-1]:
+        teacher, index = teacher.topk(top_k, dim=-1)
+        student = student.gather(-1, index)
+        teacher, student = _with_rest(teacher), _with_rest(student)
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
+def _with_rest(log_probabilities: Tensor) -> Tensor:
+    """Append the logarithm of the probability that the listed tokens leave: (N, k) -> (N, k + 1)."""
+    rest = (1 - log_probabilities.exp().sum(dim=-1, keepdim=True)).clamp_min(1e-8)
+    return torch.cat([log_probabilities, rest.log()], dim=-1)
+
+
+def _in_chunks(function, logits: Tensor, other: Tensor) -> Tensor:
+    """Apply `function` to pieces of positions; the float32 copies of one piece at a time are all that is ever alive."""
+    pieces = []
+    for logits_piece, other_piece in zip(logits.split(CHUNK_TOKENS), other.split(CHUNK_TOKENS), strict=True):
+        if torch.is_grad_enabled() and logits_piece.requires_grad:
+            pieces.append(checkpoint(function, logits_piece, other_piece, use_reentrant=False))
+        else:
+            pieces.append(function(logits_piece, other_piece))
+    return torch.cat(pieces)
