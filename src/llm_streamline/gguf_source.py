@@ -228,7 +228,8 @@ def _convert(path: Path, header: GgufHeader) -> tuple["PreTrainedModel", "PreTra
     config = model.config.get_text_config()
     if getattr(config, "rms_norm_eps", None) is not None:
         config.rms_norm_eps = _shortest_float32(config.rms_norm_eps)
-    model.config._name_or_path = path.stem
+    if hasattr(model.config, "_model_name_or_path"):  # general.name under a key that nothing reads
+        del model.config._model_name_or_path
     _mend_tokenizer(tokenizer, header, config)
     return model, tokenizer
 
