@@ -35,7 +35,7 @@ PROMPTS = (
     "To make a good cup of tea, first",
 )
 _SAMPLE_TEXT = "A tokenizer's test: naïve café, 12  spaces, 3.14, tabs\tand\nlines, 漢字, 😀."
-_NUM_NEW_TOKENS = 48
+_NUM_NEW_TOKENS = 40
 _DEGENERATE_SHARE = 0.7  # of the new tokens being one and the same
 _DEGENERATE_REPETITION = 0.8  # of the 4-grams having occurred before
 
@@ -124,17 +124,22 @@ def probe_texts(
     prompts: Sequence[str] = PROMPTS,
     num_new_tokens: int = _NUM_NEW_TOKENS,
 ) -> list[str]:
-    """Return the greedy continuations of `prompts`, without the prompts: plain text, no chat template."""
-    config = model.config.get_text_config(decoder=True)
-    texts = []
-    for prompt in prompts:  # one by one: padding is another check's business
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-        room = (getattr(config, "max_position_embeddings", None) or 10**9) - ids.shape[1]
-        if ids.shape[1] == 0 or room < 1:
-            continue
-        new, _ = _greedy(model, ids, None, min(num_new_tokens, room), use_cache=True, stop=True)
-        texts.append(tokenizer.decode(new[0], skip_special_tokens=True))
-    return texts
+    """Return the greedy continuations of `prompts`, without the prompts: plain text, no chat template.
+
+    Empty when the prompts do not fit into the model's positions.
+    """
+    import torch
+
+    encoded = [list(tokenizer(prompt).input_ids) for prompt in prompts]
+    longest = max(map(len, encoded), default=0)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 10**9
+    num_new_tokens = min(num_new_tokens, limit - longest)
+    if num_new_tokens < 1 or not all(encoded):
+        return []
+    ids = torch.tensor([[_pad_id(model)] * (longest - len(row)) + row for row in encoded])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded])
+    new, _ = _greedy(model, ids.to(model.device), mask.to(model.device), num_new_tokens, use_cache=True, stop=True)
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 # --- parent: the question
@@ -357,8 +362,8 @@ def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor") -> di
     windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
     window = max((w for w in windows if isinstance(w, int) and not isinstance(w, bool)), default=0)
     limit = getattr(config, "max_position_embeddings", None) or 10**9
-    num_new = max(1, min(16, limit // 2))
-    longest = min(max(24, window + 4) if window <= 512 else 24, limit - num_new)
+    num_new = max(1, min(10, limit // 2))
+    longest = min(max(20, window + 4) if window <= 512 else 20, limit - num_new)
     if window >= longest + num_new:
         result["window_not_passed"] = window
     lengths = [longest, max(1, longest - 3), max(1, longest // 2)]
@@ -422,7 +427,7 @@ def _left_padded(stream: "torch.Tensor", lengths: Sequence[int], pad: int) -> tu
 def _greedy(
     model: "PreTrainedModel",
     ids_BT: "torch.Tensor",
-    mask_BT: "torch.Tensor | None",
+    mask_BT: "torch.Tensor",
     num_new_tokens: int,
     *,
     use_cache: bool,
@@ -445,7 +450,6 @@ def _greedy(
     )
     try:
         with torch.no_grad():
-            mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
             done = model.generate(ids_BT, attention_mask=mask_BT)
     finally:
         model.generation_config = own
