@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_streamline.arch import find_arch, get_layers, silence, silence_attention, silence_mlp
 from llm_streamline.errors import ArchitectureError
-from llm_streamline.families import FAMILIES
+from llm_streamline.families import FAMILIES, WRAPPERS
 from llm_streamline.layer_config import text_config
 from llm_streamline.surgery import keep_layers, shared_view
 
@@ -62,6 +62,7 @@ def bypassed_logits(model, sources):
 
 def test_every_row_is_proven_and_every_proof_has_a_row():
     assert {row.model_type for row in TINY_ROWS.values()} == set(FAMILIES)
+    assert {row.wrapper for row in TINY_ROWS.values()} - {None} == set(WRAPPERS)
 
 
 @families
@@ -141,7 +142,7 @@ def test_cached_generation_equals_uncached_past_the_window(name):
     tokens = tiny_tokens(batch=3)
     mask = torch.ones_like(tokens)
     for row, padding in enumerate((0, 3, 11)):
-        tokens[row, :padding], mask[row, :padding] = model.config.pad_token_id, 0
+        tokens[row, :padding], mask[row, :padding] = 0, 0
     assert tokens.shape[1] - 11 > WINDOW
     settings = {"attention_mask": mask, "do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
     settings |= {"pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}

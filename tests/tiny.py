@@ -29,6 +29,7 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_WIDE_HEADS = {"head_dim": 16, "query_pre_attn_scalar": 16}
 _SLIDING = "sliding_attention"
 _FULL = "full_attention"
 _MIXED = [_SLIDING, _FULL, _SLIDING, _SLIDING, _FULL, _SLIDING, _FULL, _FULL]
@@ -43,6 +44,8 @@ class TinyRow:
     model_type: str
     config: dict[str, Any] = field(default_factory=dict)
     drop: tuple[str, ...] = ()  # common keys this family does not know
+    wrapper: str | None = None  # model type of a multimodal config around it
+    wrapper_config: dict[str, Any] = field(default_factory=dict)
 
 
 def _row(model_type: str, *drop: str, **config: Any) -> TinyRow:
@@ -61,6 +64,26 @@ TINY_ROWS: dict[str, TinyRow] = {
     "gemma2": _row("gemma2", sliding_window=WINDOW, layer_types=_MIXED, head_dim=16, query_pre_attn_scalar=16),
     "gemma3_text": _row(
         "gemma3_text", sliding_window=WINDOW, layer_types=_MIXED, head_dim=16, query_pre_attn_scalar=16
+    ),
+    "gemma3": TinyRow(
+        "gemma3_text",
+        {"sliding_window": WINDOW, "layer_types": _MIXED, **_WIDE_HEADS},
+        wrapper="gemma3",
+        wrapper_config={
+            "vision_config": {  # as deep as the language model: only the config tells them apart
+                "hidden_size": 16,
+                "num_hidden_layers": NUM_LAYERS,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "image_size": 28,
+                "patch_size": 14,
+                "dtype": "float32",
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": VOCAB_SIZE - 1,
+            "boi_token_index": VOCAB_SIZE - 2,
+            "eoi_token_index": VOCAB_SIZE - 3,
+        },
     ),
     "phi3": _row("phi3", sliding_window=WINDOW),
     "opt": _row("opt", "intermediate_size", ffn_dim=48, word_embed_proj_dim=HIDDEN_SIZE, do_layer_norm_before=True),
@@ -156,7 +179,10 @@ def tiny_config(name: str, **overrides: Any):
     for key, value in settings.items():  # a shorter model takes the head of each per-layer list
         if isinstance(value, list) and len(value) == NUM_LAYERS and key not in overrides:
             settings[key] = value[: settings["num_hidden_layers"]]
-    return AutoConfig.for_model(row.model_type, **settings)
+    if row.wrapper is None:
+        return AutoConfig.for_model(row.model_type, **settings)
+    text = AutoConfig.for_model(row.model_type, **settings).to_dict() | {"dtype": "float32"}  # as loading would set it
+    return AutoConfig.for_model(row.wrapper, text_config=text, **row.wrapper_config)
 
 
 def tiny_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -175,9 +201,9 @@ def tiny_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTr
 
 
 def tiny_tokens(batch: int = 2, seq_len: int = SEQ_LEN, *, seed: int = 0) -> torch.Tensor:
-    """(batch, seq_len) int64 token ids without the special ids 0, 1, 2."""
+    """(batch, seq_len) int64 token ids without special ids: the first three and, of a wrapper, the last three."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB_SIZE, (batch, seq_len), generator=generator)
+    return torch.randint(3, VOCAB_SIZE - 3, (batch, seq_len), generator=generator)
 
 
 @torch.no_grad()

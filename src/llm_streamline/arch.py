@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_streamline.errors import ArchitectureError
-from llm_streamline.families import FAMILIES, Family
+from llm_streamline.families import FAMILIES, REFUSED, REFUSED_SETTINGS, WRAPPERS, Family
 from llm_streamline.layer_config import text_config
 
 _INDEX_NAME = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number|num)$")
@@ -75,13 +75,16 @@ def check_architecture(config: PreTrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(f"{config.model_type} is an encoder-decoder model; only decoder-only models can be cut")
     text = text_config(config)
+    if text.model_type in REFUSED:
+        raise ArchitectureError(f"{text.model_type} cannot be cut: {REFUSED[text.model_type]}")
     family = FAMILIES.get(text.model_type)
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
+    if family is None or (text is not config and config.model_type not in WRAPPERS):
+        name = text.model_type if family is None else f"{text.model_type} inside {config.model_type}"
+        known = ", ".join(sorted((*FAMILIES, *WRAPPERS)))
         raise ArchitectureError(
-            f"{text.model_type} is untested: removing its layers was never proven sound; tested families: {known}"
+            f"{name} is untested: removing its layers was never proven sound; tested families: {known}"
         )
-    for condition in family.refused:
+    for condition in (*family.refused, *REFUSED_SETTINGS):
         if condition.holds(text):
             raise ArchitectureError(f"{text.model_type} with {condition.key} cannot be cut: {condition.reason}")
 

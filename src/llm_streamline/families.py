@@ -67,6 +67,23 @@ _GPT2_SCALE = "attention is divided by the layer's index plus one, so that a ren
 _NORMED_RESIDUAL = "the residual stream itself is normed in every layer"
 _POST_NORM = "the layer norm stands after the residual addition"
 
+# Multimodal wrappers whose language model we cut: model type of the wrapper's config.
+WRAPPERS = ("gemma3",)
+
+# Settings of any family that no edit of the config can follow.
+REFUSED_SETTINGS = (
+    Condition("num_kv_shared_layers", (True,), "its last layers reuse keys and values of earlier ones"),
+    Condition("hidden_size_per_layer_input", (True,), "the input embeddings of all layers are packed in one tensor"),
+)
+
+# Families that were looked at and cannot be cut soundly, with the reason; those in neither table are untested.
+REFUSED: dict[str, str] = {
+    "gemma3n_text": "layers share keys and values, and the input embeddings of all layers are packed in one tensor",
+    "gemma4_text": "layers share keys and values, and the input embeddings of all layers are packed in one tensor",
+    "zamba": "one attention block is shared among layers",
+    "zamba2": "attention blocks are shared among layers",
+}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),

@@ -146,6 +146,13 @@ def _first_dense(old, new, sources):
     new.first_k_dense_replace = sum(dense)
 
 
+def _extra_heads(old, new, sources):
+    """Multi-token prediction layers stand behind the last layer, in the checkpoint only: they do not fit a cut."""
+    for key in ("num_mtp_layers", "num_nextn_predict_layers"):
+        if vars(old).get(key):
+            setattr(new, key, 0)
+
+
 def _attention_types(old, new, sources):
     """GPT-Neo stores [[kinds], repeats] and derives one kind a layer from it."""
     if isinstance(vars(old).get("attention_types"), list) and isinstance(vars(old).get("attention_layers"), list):
@@ -189,6 +196,7 @@ _RULES: tuple[Rule, ...] = (
     _index_lists,
     _sparse_step,
     _first_dense,
+    _extra_heads,
     _attention_types,
     _per_layer_config,
     _modulo_rules,
