@@ -1,0 +1,338 @@
+"""Results -> rows of a before/after table, the same for terminal, page and card. Intervals are of 95 % unless told."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llm_streamline.evaluation.result import (
+    Comparison,
+    ModelResult,
+    Results,
+    SizeResult,
+    SpeedRatio,
+    StabilityResult,
+    TaskResult,
+)
+from llm_streamline.report import words
+from llm_streamline.report.words import MISSING, between, decimal, percent, points, signed_percent, times
+
+Z = 1.96  # standard errors on each side of a 95 % interval
+Trend = Literal["better", "worse", "same", ""]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model, the original it is measured against, and what was measured of the two together."""
+
+    after: ModelResult
+    before: ModelResult | None = None
+    both: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the table. `interval` belongs to `change`, or to `after` where there is no change."""
+
+    group: str
+    label: str
+    before: str = MISSING
+    after: str = MISSING
+    change: str = ""
+    interval: str = ""
+    trend: Trend = ""
+    note: str = ""
+
+
+def pairs(results: Results) -> list[Pair]:
+    """Every model that is not an original, with its original where there is one; originals alone if nothing else."""
+    original = next((model for model in results.models if model.role == "original"), None)
+    found = []
+    for model in results.models:
+        if model.role == "original":
+            continue
+        both = next((c for c in results.comparisons if c.model == model.name), None)
+        before = results.model(both.original) if both else original
+        found.append(Pair(model, before, both))
+    return found or [Pair(model) for model in results.models]
+
+
+def figures(pair: Pair) -> list[Figure]:
+    """All rows for one pair, in the order of reading: what was saved, then what was lost."""
+    return [*_sizes(pair), *_speeds(pair), *_language(pair), *_tasks(pair), *_stability(pair), *_writing(pair)]
+
+
+def relative(before: float, after: float) -> float:
+    """Change as a share of `before`: -0.24 means 24 % less; 0 when there was nothing."""
+    return after / before - 1 if before else 0.0
+
+
+def _trend(change: float, *, low_is_good: bool, noise: float = 0.0) -> Trend:
+    if abs(change) <= noise:
+        return "same"
+    return "better" if (change < 0) == low_is_good else "worse"
+
+
+def _sizes(pair: Pair) -> Iterator[Figure]:
+    rows = (
+        ("layers", "num_layers", str),
+        ("parameters", "parameters", words.count),
+        ("without embeddings", "non_embedding_parameters", words.count),
+        ("weights", "weight_bytes", words.size),
+        ("KV cache for a token", "kv_bytes_per_token", words.size),
+    )
+    for label, key, show in rows:
+        after = getattr(pair.after.size, key)
+        note = pair.after.size.dtype if key == "weight_bytes" else ""
+        if pair.before is None:
+            yield Figure("Size", label, after=show(after), note=note)
+            continue
+        before = getattr(pair.before.size, key)
+        change = relative(before, after)
+        yield Figure(
+            "Size",
+            label,
+            show(before),
+            show(after),
+            signed_percent(change),
+            trend=_trend(change, low_is_good=True),
+            note=note,
+        )
+
+
+def _speeds(pair: Pair) -> Iterator[Figure]:
+    after, before = pair.after.speed, pair.before.speed if pair.before else None
+    if after is None:
+        return
+    note = f"batch {after.batch_size}, prompt {after.prompt_tokens}, {after.new_tokens} new tokens"
+    for label, key, part in (
+        ("prefill", "prefill_tokens_per_second", "prefill"),
+        ("decode", "decode_tokens_per_second", "decode"),
+    ):
+        ratio: SpeedRatio | None = getattr(pair.both.speed, part) if pair.both and pair.both.speed else None
+        yield Figure(
+            "Speed",
+            f"{label}, tokens per second",
+            words.rate(getattr(before, key)) if before else MISSING,
+            words.rate(getattr(after, key)),
+            times(ratio.ratio) if ratio else "",
+            f"quartiles {between(decimal(ratio.low), decimal(ratio.high))}, ideal {times(ratio.ideal_ratio)}"
+            if ratio
+            else "",
+            _trend(ratio.ratio - 1, low_is_good=False, noise=0.01) if ratio else "",
+            note,
+        )
+
+
+def perplexity_text(perplexity: float, nll: float, stderr: float | None) -> str:
+    """'15.25 [14.80, 15.72]', the interval from the standard error of the mean loss over windows."""
+    if stderr is None:
+        return decimal(perplexity)
+    low, high = math.exp(nll - Z * stderr), math.exp(nll + Z * stderr)
+    return f"{decimal(perplexity)} {between(decimal(low), decimal(high))}"
+
+
+def _language(pair: Pair) -> Iterator[Figure]:
+    befores = {p.name: p for p in pair.before.perplexity} if pair.before else {}
+    ratios = {p.name: p for p in pair.both.perplexity} if pair.both else {}
+    for after in pair.after.perplexity:
+        name, before, ratio = words.model_name(after.name), befores.get(after.name), ratios.get(after.name)
+        interval = ""
+        if ratio and ratio.nll_difference_stderr is not None:
+            spread = Z * ratio.nll_difference_stderr
+            ends = (math.exp(ratio.nll_difference + side * spread) for side in (-1, 1))
+            interval = between(*map(decimal, ends))
+        yield Figure(
+            "Language modelling",
+            f"perplexity, {name}",
+            perplexity_text(before.perplexity, before.nll, before.nll_stderr) if before else MISSING,
+            perplexity_text(after.perplexity, after.nll, after.nll_stderr),
+            times(ratio.ratio) if ratio else "",
+            interval,
+            _trend(ratio.ratio - 1, low_is_good=True, noise=0.001) if ratio else "",
+            f"{words.count(after.num_tokens)} tokens, context {after.context}, BOS {after.bos}",
+        )
+        if after.bits_per_byte is not None:
+            known = before is not None and before.bits_per_byte is not None
+            change = after.bits_per_byte - before.bits_per_byte if known else None
+            yield Figure(
+                "Language modelling",
+                f"bits per byte, {name}",
+                decimal(before.bits_per_byte, 3) if known else MISSING,
+                decimal(after.bits_per_byte, 3),
+                "" if change is None else words.signed(change, 3),
+                trend="" if change is None else _trend(change, low_is_good=True, noise=0.001),
+            )
+    for kl in pair.both.divergence if pair.both else ():
+        name = words.model_name(kl.name)
+        yield Figure(
+            "Language modelling",
+            f"KL from the original, {name}",
+            after=f"{decimal(kl.kl_mean, 3)} nats",
+            interval=_spread(kl.kl_mean, kl.kl_stderr, lambda value: decimal(value, 3)),
+            note=f"median {decimal(kl.kl_median, 3)}, 99th percentile {decimal(kl.kl_p99)}, largest {decimal(kl.kl_max)}",
+        )
+        yield Figure(
+            "Language modelling",
+            f"same likeliest token, {name}",
+            after=percent(kl.top1_agreement),
+            interval=_spread(kl.top1_agreement, kl.top1_agreement_stderr, percent),
+            note=f"share of {words.count(kl.num_tokens)} positions",
+        )
+
+
+def _spread(value: float, stderr: float | None, show) -> str:
+    return "" if stderr is None else between(show(value - Z * stderr), show(value + Z * stderr))
+
+
+def _tasks(pair: Pair) -> Iterator[Figure]:
+    befores = {task.name: task for task in pair.before.tasks} if pair.before else {}
+    paired = {s.task: s for s in pair.both.stability if s.metric == "acc"} if pair.both else {}
+    for task in collapsed(pair.after.tasks):
+        before = {t.name: t for t in collapsed(list(befores.values()))}.get(task.name)
+        note = f"{words.plural(task.num_items, 'question')}, {task.num_fewshot}-shot"
+        note += f", chance {percent(task.chance)}" if task.chance is not None else ""
+        for key, label in (("acc", "accuracy"), ("acc_norm", "accuracy by length")):
+            value = getattr(task, key)
+            if value is None:
+                continue
+            base = getattr(before, key) if before else None
+            change, interval, trend = "", "", ""
+            if base is not None:
+                change = points(value - base)
+                stderr = _difference_stderr(paired.get(task.name) if key == "acc" else None, before, task, key)
+                interval = _spread(value - base, stderr, lambda share: words.signed(100 * share))
+                trend = _trend(value - base, low_is_good=False, noise=Z * stderr if stderr is not None else 0)
+            yield Figure(
+                "Tasks",
+                f"{task.name}, {label}",
+                _accuracy(base, getattr(before, f"{key}_stderr") if before else None),
+                _accuracy(value, getattr(task, f"{key}_stderr")),
+                change,
+                interval,
+                trend,
+                note,
+            )
+            note = ""  # once for each task
+        for metric in task.metrics:
+            base = next((m.value for m in before.metrics if m.name == metric.name), None) if before else None
+            yield Figure(
+                "Tasks",
+                f"{task.name}, {metric.name}",
+                MISSING if base is None else decimal(base, 4),
+                decimal(metric.value, 4),
+                "" if base is None else words.signed(metric.value - base, 4),
+                note=note,
+            )
+
+
+def _accuracy(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return MISSING
+    return percent(value) + ("" if stderr is None else f" ± {100 * Z * stderr:.1f}")
+
+
+def _difference_stderr(paired: StabilityResult | None, before: TaskResult, after: TaskResult, key: str) -> float | None:
+    if paired is not None:
+        return paired_stderr(paired.tf, paired.ft, paired.num_questions)
+    errors = [getattr(task, f"{key}_stderr") for task in (before, after)]
+    return None if None in errors else math.hypot(*errors)
+
+
+def paired_stderr(lost: int, won: int, questions: int) -> float:
+    """Standard error of the difference of two accuracies on the same questions: only flips contribute.
+
+    A flip changes the sum by one, so the variance of a question's change is p_lost + p_won - (p_won - p_lost)^2.
+    """
+    share = (won - lost) / questions
+    return math.sqrt(max((lost + won) / questions - share**2, 0) / questions)
+
+
+def collapsed(tasks: Sequence[TaskResult]) -> list[TaskResult]:
+    """One entry for each group (unweighted mean over its tasks), the other tasks as they are; order of appearance."""
+    groups: dict[str, list[TaskResult]] = defaultdict(list)
+    for task in tasks:
+        groups[task.group or task.name].append(task)
+    return [_group_mean(name, members) if len(members) > 1 else members[0] for name, members in groups.items()]
+
+
+def _group_mean(name: str, members: list[TaskResult]) -> TaskResult:
+    def mean(key: str) -> float | None:
+        values = [getattr(task, key) for task in members]
+        return None if None in values else sum(values) / len(values)
+
+    def stderr(key: str) -> float | None:
+        values = [getattr(task, key) for task in members]
+        return None if None in values else math.sqrt(sum(v * v for v in values)) / len(values)
+
+    return members[0].model_copy(
+        update={
+            "name": name,
+            "num_items": sum(task.num_items for task in members),
+            "acc": mean("acc"),
+            "acc_norm": mean("acc_norm"),
+            "chance": mean("chance"),
+            "acc_stderr": stderr("acc_stderr"),
+            "acc_norm_stderr": stderr("acc_norm_stderr"),
+            "metrics": (),
+            "subtasks": {},
+        }
+    )
+
+
+def _stability(pair: Pair) -> Iterator[Figure]:
+    if pair.both is None:
+        return
+    for result in one_per_task(pair):
+        interval = result.stability_interval
+        others = [
+            s for s in pair.both.stability if (s.task, s.metric) == (result.task, result.metric) and s is not result
+        ]
+        by_others = "".join(f"by {s.sigma.upper()} {percent(s.stability)}, " for s in others)
+        yield Figure(
+            "Stability",
+            f"{result.task}, weighted by {result.sigma.upper()}",
+            after=percent(result.stability),
+            interval=between(percent(interval.low), percent(interval.high)) if interval else "",
+            note=f"{by_others}unweighted {percent(result.match_rate)}; rests on {result.effective_questions:,.1f} of "
+            f"{words.plural(result.num_questions, 'question')}",
+        )
+
+
+def one_per_task(pair: Pair) -> list[StabilityResult]:
+    """One result for each task: by plain accuracy where there is one, weighted by perplexity where there is one."""
+    found: dict[str, StabilityResult] = {}
+    for result in pair.both.stability if pair.both else ():
+        held = found.get(result.task)
+        if held is None or _rank(result) < _rank(held):
+            found[result.task] = result
+    return list(found.values())
+
+
+def _rank(result: StabilityResult) -> tuple[bool, bool]:
+    return result.metric != "acc", result.sigma != "ppl"
+
+
+def _writing(pair: Pair) -> Iterator[Figure]:
+    after, before = pair.after.generation, pair.before.generation if pair.before else None
+    if after is None:
+        return
+    for label, key, show in (
+        ("repeated 4-grams", "repetition_rate", percent),
+        ("different 2-grams", "distinct_2", percent),
+        ("texts that end in a loop", "loop_rate", percent),
+        ("empty texts", "empty_rate", percent),
+    ):
+        value = getattr(after, key)
+        if before is None:
+            yield Figure("Written text", label, after=show(value))
+            continue
+        change = value - getattr(before, key)
+        yield Figure("Written text", label, show(getattr(before, key)), show(value), points(change))
+
+
+def size_change(before: SizeResult, after: SizeResult) -> str:
+    """'134.5 M → 102.7 M parameters (−23.7 %)'."""
+    change = signed_percent(relative(before.parameters, after.parameters))
+    return f"{words.count(before.parameters)}{words.NBSP}→ {words.count(after.parameters)} parameters ({change})"
