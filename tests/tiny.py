@@ -77,7 +77,6 @@ TINY_ROWS: dict[str, TinyRow] = {
                 "intermediate_size": 16,
                 "image_size": 28,
                 "patch_size": 14,
-                "dtype": "float32",
             },
             "mm_tokens_per_image": 4,
             "image_token_index": VOCAB_SIZE - 1,
@@ -181,7 +180,7 @@ def tiny_config(name: str, **overrides: Any):
             settings[key] = value[: settings["num_hidden_layers"]]
     if row.wrapper is None:
         return AutoConfig.for_model(row.model_type, **settings)
-    text = AutoConfig.for_model(row.model_type, **settings).to_dict() | {"dtype": "float32"}  # as loading would set it
+    text = AutoConfig.for_model(row.model_type, **settings).to_dict()
     return AutoConfig.for_model(row.wrapper, text_config=text, **row.wrapper_config)
 
 
@@ -197,6 +196,8 @@ def tiny_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTr
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides)).float()
         _spread_weights(model)
+    for name in model.config.sub_configs:
+        getattr(model.config, name).dtype = torch.float32  # as loading sets it, building does not
     return model.eval().requires_grad_(False)
 
 
