@@ -3,19 +3,17 @@
 The file format is safetensors: 8 bytes with the header's length, a JSON header, the tensors' bytes one after another.
 """
 
-import errno
 import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from llm_streamline.errors import OutputError
+from llm_streamline.output import saving
 
 _NAMES = {"int32": "I32", "uint8": "U8"}
 _CHUNK_BYTES = 1 << 24
@@ -29,11 +27,11 @@ class TensorSpool:
     """
 
     def __init__(self, folder: Path | None):
-        self._folder = folder
+        self._place = folder or Path("memory")  # for messages
         if folder is None:
             self._file: BinaryIO = io.BytesIO()
         else:
-            with _problems_named(folder):
+            with saving(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the spool
 
@@ -43,14 +41,14 @@ class TensorSpool:
         Raises:
             OutputError: if the disk is full.
         """
-        with _problems_named(self._folder):
+        with saving(self._place):
             self._file.write(np.ascontiguousarray(values).data)
 
     def array(self, dtype: type) -> np.ndarray:
         """All numbers written so far, (n,): a memory map of the file, or the memory itself."""
         if isinstance(self._file, io.BytesIO):
             return np.frombuffer(self._file.getbuffer(), dtype)
-        with _problems_named(self._folder):
+        with saving(self._place):
             self._file.flush()
             empty = os.fstat(self._file.fileno()).st_size == 0
             return np.empty(0, dtype) if empty else np.memmap(self._file, dtype, mode="r")
@@ -92,17 +90,17 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
             for start in range(0, len(flat), step):
                 file.write(np.ascontiguousarray(flat[start : start + step]).data)
 
-    write_atomically(path, write)
+    _write_atomically(path, write)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then put it in its place.
 
     Raises:
         OutputError: if it cannot be written; `path` is then what it was before.
     """
     partial = path.with_name(f".{path.name}.partial")  # a fixed name: what a killed run left is overwritten, not kept
-    with _problems_named(path):
+    with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
@@ -113,13 +111,3 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-
-
-@contextmanager
-def _problems_named(place: Path | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else problem.strerror or str(problem)
-        raise OutputError(f"cannot write {place}: {what}; make room or choose another folder") from None

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_streamline.data.store import TensorSpool, write_atomically, write_tensors
+from llm_streamline.data.store import TensorSpool, write_tensors
 from llm_streamline.errors import TextError
+from llm_streamline.output import write_json
 
 HASH_BYTES = 32
 _TENSORS = {"input_ids": torch.int32, "document_ids": torch.int32, "document_hashes": torch.uint8}
@@ -228,5 +229,4 @@ def _write(path: Path, tensors: dict[str, np.ndarray], provenance: dict[str, Any
     # both files carry these: killed between the two writes, new tensors are not taken for those of the old history
     tensors_path, json_path = _paths(path)
     write_tensors(tensors_path, tensors, {name: provenance.get(name, "") for name in _TIES})
-    content = json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(json_path, lambda file: file.write(content.encode()))
+    write_json(json_path, provenance)
