@@ -60,21 +60,33 @@ def check_output(path: str | Path, *, source: Path | None = None) -> Path:
     """Refuse an output folder that `open_output` would refuse for what it is; writes nothing.
 
     Raises:
-        OutputError: the folder is not ours, is the source, or is a file.
+        OutputError: the folder is not ours, is the source, is a file, or cannot be written.
     """
-    out = Path(path).expanduser()
     try:
+        out = Path(path).expanduser()
+        place = _nearest_existing(out)
+        if "\0" in str(path):
+            raise ValueError("a null character in its name")
+        if not place.is_dir():
+            raise OutputError(f"{place} is a file: choose a folder that does not exist yet")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise OutputError(f"{place} is not writable: choose another folder")
         if source is not None and out.exists() and source.exists() and out.resolve() == source.resolve():
             raise OutputError(f"{out} is the model that is read: choose another output folder")
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"{out} is a file: choose a folder that does not exist yet")
         if out.is_dir() and any(out.iterdir()) and not _is_ours(out):
             raise OutputError(
                 f"{out} is not empty and was not made by {_TOOL_NAME}: choose another folder, nothing was written"
             )
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot use {out} as output folder: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null character, ~ of nobody
+        raise OutputError(f"cannot use {path} as output folder: {getattr(error, 'strerror', None) or error}") from error
     return out
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
 
 
 def _is_ours(out: Path) -> bool:
@@ -138,7 +150,9 @@ def _foreign_errno(error: Exception) -> int | None:
     if safetensors is not None and isinstance(error, safetensors.SafetensorError):
         found = re.search(r"os error (\d+)", str(error))
         return int(found[1]) if found else errno.EIO
-    if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|file write failed", str(error)):
+    if isinstance(error, RuntimeError) and re.search(
+        r"PytorchStreamWriter|inline_container|iostream error", str(error)
+    ):
         return errno.ENOSPC  # torch does not say why; nothing else makes a write to an open file fail in practice
     return None
 
@@ -149,11 +163,8 @@ def check_room(folder: Path, num_bytes: int) -> None:
     Raises:
         OutputError: too little room; the message gives both sizes.
     """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
     with saving(folder):
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(_nearest_existing(folder)).free
     if free < num_bytes:
         raise OutputError(
             f"the disk is full: {folder} needs {num_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; free some "

@@ -8,16 +8,17 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llm_streamline.errors import MissingExtraError, SourceError, StreamlineError
+from llm_streamline.config_checks import check_config, check_loading, check_size, one_line, read_config
+from llm_streamline.errors import MissingExtraError, SourceError
 from llm_streamline.gguf_source import converted_folder, forget_loading, read_gguf_header
-from llm_streamline.logs import get_logger
 from llm_streamline.quiet import quiet_transformers
-from llm_streamline.runtime import pick_device, pick_dtype
-from llm_streamline.weights import PICKLE_SUFFIXES, Weights, read_json, read_weights
+from llm_streamline.runtime import check_dtype_name, pick_device, pick_dtype
+from llm_streamline.weights import PICKLE_SUFFIXES, Weights, read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _SAMPLE_BYTES = 64 * 1024
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version")  # change when the same model is saved again
-_MAX_COUNT = 2**24  # layers, experts, heads: a config that announces more is corrupt and would never finish building
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def resolve_model(spec: str | Path, revision: str | None = None) -> ModelSource:
         MissingExtraError: the demo's or GGUF's package is not installed.
     """
     spec = str(spec)
-    path = Path(spec).expanduser()
     if spec == "demo":
         return _gguf_source(spec, "demo", _demo_file())
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError) as error:  # a name too long for the file system, a null character
+        path = Path(spec).expanduser()
+        is_folder, is_file = path.is_dir() and spec != "", path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null character, ~ of nobody
         raise SourceError(f"{spec[:80]!r} is not a usable path or Hub id: {error}") from error
     if is_folder:
         return _folder_source(spec, "folder", path, None)
@@ -87,7 +87,7 @@ def resolve_model(spec: str | Path, revision: str | None = None) -> ModelSource:
 
 def load_config(source: ModelSource) -> "PretrainedConfig":
     """Return the model's configuration; a GGUF file is converted first if it has not been."""
-    return _config(_folder(source), source.spec)
+    return read_config(_folder(source), source.spec)
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
@@ -104,11 +104,11 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        num_tokens = tokenizer.vocab_size
+        num_tokens = int(tokenizer.vocab_size)
     except Exception as error:  # a foreign parser on foreign data: whatever it raises, the files cannot be read
-        raise SourceError(f"cannot read the tokenizer of {source.spec}: {_one_line(error)}") from error
+        raise SourceError(f"cannot read the tokenizer of {source.spec}: {one_line(error)}") from error
     vocab_size = load_config(source).get_text_config(decoder=True).vocab_size
-    if num_tokens > vocab_size:
+    if not isinstance(vocab_size, int) or num_tokens > vocab_size:
         raise SourceError(
             f"the tokenizer of {source.spec} knows {num_tokens} tokens, its model {vocab_size}: they do not belong "
             "together"
@@ -134,16 +134,13 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    check_dtype_name(dtype)
     torch_device = pick_device(device)
-    own = None
-    if dtype != "auto":
-        torch_dtype = pick_dtype(dtype)
     folder = _folder(source)
-    config = _config(folder, source.spec)
-    if dtype == "auto":
-        own = _gguf_auto_dtype() if source.kind in ("gguf", "demo") else config.get_text_config(decoder=True).dtype
-        torch_dtype = pick_dtype("auto", own)
-    _check_size(config, read_weights(folder), source.spec)
+    config = read_config(folder, source.spec)
+    weights = read_weights(folder)
+    torch_dtype = pick_dtype(dtype, _own_dtype(source, config, weights))
+    check_size(config, weights, source.spec)
     tokenizer = load_tokenizer(source) if with_tokenizer else None
     try:
         with quiet_transformers():
@@ -156,8 +153,8 @@ def load_model(
                 trust_remote_code=False,
             )
     except Exception as error:  # a foreign parser on foreign data: whatever it raises, the files cannot be read
-        raise SourceError(f"cannot load {source.spec}: {_one_line(error)}") from error
-    _check_loading(info, source.spec)
+        raise SourceError(f"cannot load {source.spec}: {one_line(error)}") from error
+    check_loading(info, source.spec)
     model.requires_grad_(False)
     return LoadedModel(model.eval().to(torch_device), tokenizer, source, torch_dtype, torch_device)
 
@@ -184,9 +181,9 @@ def _gguf_source(spec: str, kind: Literal["gguf", "demo"], path: Path) -> ModelS
 
 
 def _folder_source(spec: str, kind: Literal["folder", "hub"], folder: Path, revision: str | None) -> ModelSource:
-    raw = _check_config(folder, spec)
+    raw = check_config(folder, spec)
     weights = read_weights(folder)
-    num_layers = getattr(_config(folder, spec).get_text_config(decoder=True), "num_hidden_layers", None)
+    num_layers = getattr(read_config(folder, spec).get_text_config(decoder=True), "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers > weights.num_layers:
         raise SourceError(
             f"config.json of {spec} says {num_layers} layers, its weights hold {weights.num_layers}; download it again"
@@ -210,7 +207,7 @@ def _hub_source(spec: str, revision: str | None) -> ModelSource:
 
     try:
         folder = fetch(_SMALL_FILES)
-        _check_config(folder, spec)  # refuse before gigabytes are fetched
+        check_config(folder, spec)  # refuse before gigabytes are fetched
         folder = fetch((*_SMALL_FILES, "*.safetensors"))
     except GatedRepoError as error:
         raise SourceError(
@@ -262,130 +259,17 @@ def _fingerprint(config: dict[str, Any], files: tuple[Path, ...]) -> str:
     return digest.hexdigest()
 
 
-# --- checks
-
-
-def _check_config(folder: Path, spec: str) -> dict[str, Any]:
-    """Read config.json and refuse what is no decoder-only causal language model, with the reason."""
-    if not (folder / "config.json").is_file():
-        why = (
-            "holds a PEFT adapter, not a model; merge it first" if (folder / "adapter_config.json").is_file() else None
-        )
-        raise SourceError(f"{spec} {why or 'has no config.json; is it the folder of a model?'}")
-    raw = read_json(folder / "config.json")
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise SourceError(f"config.json of {spec} names no model_type")
-    if "transformers_weights" in raw:
-        raise SourceError(
-            f"config.json of {spec} points to weights under another name (transformers_weights); rename them"
-        )
-    method = raw.get("quantization_config")
-    if method is not None:
-        name = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
-        raise SourceError(
-            f"{spec} is quantised ({name}): its layers cannot be trained or measured; take the unquantised checkpoint"
-        )
-    _check_counts(raw, spec)
-    _check_is_decoder(_config(folder, spec), raw, spec)
-    return raw
-
-
-def _check_counts(raw: dict[str, Any], spec: str) -> None:
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            _check_counts(value, spec)
-        elif re.search(r"layer|expert|head|num_|_size|_dim|n_", key) and type(value) is int and value > _MAX_COUNT:
-            raise SourceError(f"config.json of {spec} says {key} = {value}, which is absurd; download it again")
-
-
-def _check_is_decoder(config: "PretrainedConfig", raw: dict[str, Any], spec: str) -> None:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    kind = config.model_type
-    want = "give a decoder-only causal language model"
-    if getattr(config, "is_encoder_decoder", False):
-        raise SourceError(f"{spec} is an encoder-decoder model ({kind}); {want}")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise SourceError(
-            f"{spec} is a {kind} model, which transformers does not load as a causal language model; {want}"
-        )
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise SourceError(f"{spec} is an encoder-only model ({kind}); {want}")
-    heads = [name for name in raw.get("architectures") or () if isinstance(name, str) and re.search(r"For[A-Z]", name)]
-    if heads and not any(re.search(r"CausalLM|LMHead|ConditionalGeneration", name) for name in heads):
-        raise SourceError(f"{spec} has no language-model head ({heads[0]}); {want}")
-
-
-def _config(folder: Path, spec: str) -> "PretrainedConfig":
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") not in CONFIG_MAPPING:
-        code = "; it brings its own code, which is not run" if "auto_map" in raw else ""
-        raise SourceError(
-            f"{spec} has the unknown model_type {raw.get('model_type')!r}{code}; is transformers too old?"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config.get_text_config(decoder=True)
-    except Exception as error:  # a foreign parser on foreign data: whatever it raises, the file cannot be read
-        raise SourceError(f"config.json of {spec} cannot be used: {_one_line(error)}") from error
-    return config
-
-
-def _check_size(config: "PretrainedConfig", weights: Weights, spec: str) -> None:
-    """Refuse a config that describes a much larger model than the weights hold, before memory is allocated for it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a foreign constructor on foreign data
-        raise SourceError(f"config.json of {spec} describes no model that can be built: {_one_line(error)}") from error
-    expected = sum(parameter.numel() for parameter in skeleton.parameters())
-    if expected > 2 * weights.num_elements + 2**20:
-        raise SourceError(
-            f"config.json of {spec} describes {expected:,} parameters, its weights hold {weights.num_elements:,}; "
-            "download it again"
-        )
-
-
-def _check_loading(info: Any, spec: str) -> None:
-    """Refuse when a weight would stay random, or when the checkpoint has layers that the config does not know."""
-
-    def keys(name: str) -> list[str]:
-        found = info.get(name) if isinstance(info, dict) else getattr(info, name, None)
-        return sorted(str(item[0] if isinstance(item, tuple) else item) for item in found or ())
-
-    for name, problem in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape for")):
-        if found := keys(name):
-            raise SourceError(f"{spec} {problem} {len(found)} of the weights its config asks for, e.g. {found[0]}")
-    unexpected = keys("unexpected_keys")
-    layers = [name for name in unexpected if re.search(r"\.\d+\.", f".{name}")]
-    if layers:
-        raise SourceError(
-            f"{spec} holds {len(layers)} weights in layers that its config does not have, e.g. {layers[0]}: does "
-            "config.json tell the right number of layers?"
-        )
-    if unexpected:
-        get_logger(__name__).warning("%s holds weights that are not used: %s", spec, ", ".join(unexpected[:5]))
-
-
-def _gguf_auto_dtype() -> "torch.dtype":
+def _own_dtype(source: ModelSource, config: "PretrainedConfig", weights: Weights) -> "torch.dtype | None":
+    """The dtype a checkpoint is meant for: what its config says, else what most of its numbers are stored in."""
     import torch
 
-    return torch.bfloat16
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, StreamlineError):
-        return str(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]) if lines else "no message"
-    return f"{type(error).__name__}: {text[:300]}"
+    if source.kind in ("gguf", "demo"):
+        return torch.bfloat16  # blocks of 4 or 8 bits have no dtype of their own
+    stated = config.get_text_config(decoder=True).dtype
+    if stated in (torch.float32, torch.bfloat16, torch.float16):
+        return stated
+    sizes: Counter[str] = Counter()
+    for header in weights.tensors.values():
+        sizes[header.dtype] += header.num_elements
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return names.get(sizes.most_common(1)[0][0])
