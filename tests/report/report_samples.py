@@ -43,13 +43,13 @@ TASKS = (
 )
 PROMPTS = ("The history of the city begins", "To bake bread at home, you need", "Once upon a time, in a small village,")
 TEXTS = (
-    " in the 12th century, when traders settled near the river crossing. Over the next two hundred years it grew into a market town.",
+    " in the 12th century, when traders settled near the river crossing. Later it grew into a town.",
     " flour, water, salt and yeast. Mix them in a bowl until the dough comes together, then let it rest for an hour.",
-    " there lived a clockmaker who could not tell the time. Every morning he asked the baker, and the baker always lied.",
+    " there lived a clockmaker who could not tell the time. He asked the baker every day.",
 )
 POOR = (
-    " with the first settlers, who came to the area of the river. The city was the first city of the region and the first city.",
-    " a lot of flour. The flour is the flour of the flour of the flour of the flour of the flour of the flour of the flour",
+    " with the first settlers, who came to the area of the river. The city was the first city of the first city.",
+    " a lot of flour. The flour is the flour of the flour of the flour of the flour of the flour of the flour",
     " there was a man who lived in the village. He was a man of the village and he had a house by the water.",
 )
 
@@ -93,9 +93,13 @@ def plan(num_layers: int = 30, spec: str = "demo", network: bool = True) -> Plan
         stop = start + 10
         mean = (32_704 * rest[start, stop] + 64 * first[start, stop]) / 32_768
         return Candidate(
-            start=start, stop=stop, similarity=mean, similarity_first=first[start, stop],
-            similarity_rest=rest[start, stop], heldout_loss=loss,
-        )  # fmt: skip
+            start=start,
+            stop=stop,
+            similarity=mean,
+            similarity_first=first[start, stop],
+            similarity_rest=rest[start, stop],
+            heldout_loss=loss,
+        )
 
     edit = (
         Replace(start=12, stop=22, network=Network(kind="layer", init="best"), templates=(12,))
@@ -104,7 +108,11 @@ def plan(num_layers: int = 30, spec: str = "demo", network: bool = True) -> Plan
     )
     return Plan(
         model=ModelFacts(
-            spec=spec, fingerprint=HASH, model_type="llama", num_layers=num_layers, hidden_size=576,
+            spec=spec,
+            fingerprint=HASH,
+            model_type="llama",
+            num_layers=num_layers,
+            hidden_size=576,
             num_parameters=134_515_008,
         ),
         edits=(edit,),
@@ -118,7 +126,7 @@ def plan(num_layers: int = 30, spec: str = "demo", network: bool = True) -> Plan
             margin=Margin(quantity="heldout_loss", difference=0.115, low=0.071, high=0.158, num_blocks=64),
             notes=("calibrated on builtin prose",),
         ),
-    )  # fmt: skip
+    )
 
 
 def training(steps: int = 128) -> dict:
@@ -157,48 +165,95 @@ def training(steps: int = 128) -> dict:
 def _size(layers: int) -> SizeResult:
     inside, embedding = 3_540_096 * layers, 28_311_552 + 576
     return SizeResult(
-        num_layers=layers, parameters=inside + embedding, embedding_parameters=embedding, non_embedding_parameters=inside,
-        layer_parameters=inside, weight_bytes=2 * (inside + embedding), kv_bytes_per_token=2 * 2 * 192 * layers, dtype="bfloat16",
-    )  # fmt: skip
+        num_layers=layers,
+        parameters=inside + embedding,
+        embedding_parameters=embedding,
+        non_embedding_parameters=inside,
+        layer_parameters=inside,
+        weight_bytes=2 * (inside + embedding),
+        kv_bytes_per_token=2 * 2 * 192 * layers,
+        dtype="bfloat16",
+    )
 
 
 def _perplexity(nll: float) -> PerplexityResult:
     return PerplexityResult(
-        name="wikitext2-valid.txt", perplexity=math.exp(nll), nll=nll, nll_stderr=0.021, bits_per_byte=nll / math.log(2) / 4.4,
-        num_tokens=251_658, num_windows=246, num_bytes=1_107_295, context=1024, stride=1024, bos="none",
-        join="file as it stands", dtype="bfloat16", data_hash=HASH,
-    )  # fmt: skip
+        name="wikitext2-valid.txt",
+        perplexity=math.exp(nll),
+        nll=nll,
+        nll_stderr=0.021,
+        bits_per_byte=nll / math.log(2) / 4.4,
+        num_tokens=251_658,
+        num_windows=246,
+        num_bytes=1_107_295,
+        context=1024,
+        stride=1024,
+        bos="none",
+        join="file as it stands",
+        dtype="bfloat16",
+        data_hash=HASH,
+    )
 
 
 def _task(name: str, acc: float, chance: float, items: int) -> TaskResult:
     return TaskResult(
-        name=name, scorer="light", num_items=items, limit=items, acc=acc, acc_stderr=math.sqrt(acc * (1 - acc) / items),
-        acc_norm=min(acc + 0.02, 1), acc_norm_stderr=math.sqrt(acc * (1 - acc) / items), chance=chance,
-        items_file=f"items/{name}.jsonl", data_hash=HASH,
-    )  # fmt: skip
+        name=name,
+        scorer="light",
+        num_items=items,
+        limit=items,
+        acc=acc,
+        acc_stderr=math.sqrt(acc * (1 - acc) / items),
+        acc_norm=min(acc + 0.02, 1),
+        acc_norm_stderr=math.sqrt(acc * (1 - acc) / items),
+        chance=chance,
+        items_file=f"items/{name}.jsonl",
+        data_hash=HASH,
+    )
 
 
 def _generation(texts: tuple[str, ...], poor: bool) -> GenerationResult:
     written = tuple(
         Continuation(
-            prompt=prompt, mode=mode, text=text, num_tokens=48, ended=False, repetition_rate=0.4 if "flour of the" in text else 0.03,
-            distinct_2=0.6 if poor else 0.95, loop="flour of the" in text, empty=False, script="LATIN",
+            prompt=prompt,
+            mode=mode,
+            text=text,
+            num_tokens=48,
+            ended=False,
+            repetition_rate=0.4 if "flour of the" in text else 0.03,
+            distinct_2=0.6 if poor else 0.95,
+            loop="flour of the" in text,
+            empty=False,
+            script="LATIN",
         )
         for prompt, text in zip(PROMPTS, texts, strict=True)
         for mode in ("greedy", "sampled")
-    )  # fmt: skip
+    )
     return GenerationResult(
-        continuations=written, max_new_tokens=64, temperature=0.8, top_p=0.95, repetition_rate=0.16 if poor else 0.03,
-        distinct_2=0.74 if poor else 0.95, loop_rate=1 / 3 if poor else 0.0, empty_rate=0.0, ended_rate=0.0, mean_tokens=48,
-    )  # fmt: skip
+        continuations=written,
+        max_new_tokens=64,
+        temperature=0.8,
+        top_p=0.95,
+        repetition_rate=0.16 if poor else 0.03,
+        distinct_2=0.74 if poor else 0.95,
+        loop_rate=1 / 3 if poor else 0.0,
+        empty_rate=0.0,
+        ended_rate=0.0,
+        mean_tokens=48,
+    )
 
 
 def _speed(prefill: float, decode: float) -> SpeedResult:
     return SpeedResult(
-        batch_size=1, prompt_tokens=256, new_tokens=16, rounds=5, prefill_seconds=256 / prefill,
-        prefill_tokens_per_second=prefill, decode_seconds_per_token=1 / decode, decode_tokens_per_second=decode,
+        batch_size=1,
+        prompt_tokens=256,
+        new_tokens=16,
+        rounds=5,
+        prefill_seconds=256 / prefill,
+        prefill_tokens_per_second=prefill,
+        decode_seconds_per_token=1 / decode,
+        decode_tokens_per_second=decode,
         peak_memory_bytes=912_000_000,
-    )  # fmt: skip
+    )
 
 
 def _stability(task: str, before: float, after: float, items: int, sigma: str) -> StabilityResult:
@@ -208,12 +263,26 @@ def _stability(task: str, before: float, after: float, items: int, sigma: str) -
     match = (tt + ff) / items
     weighted = match + (0.08 if sigma == "ppl" else 0.02)
     return StabilityResult(
-        task=task, sigma=sigma, num_questions=items, stability=weighted, stability_reference_bug=match + 0.01,
-        stability_interval=Interval(low=weighted - 0.03, high=min(weighted + 0.03, 1)), match_rate=match,
-        match_rate_interval=Interval(low=match - 0.03, high=match + 0.03), tt=tt, tf=tf, ft=ft, ff=ff, flips=tf + ft,
-        prediction_agreement=match - 0.05, mcnemar_p=0.0004, effective_questions=6.4 if sigma == "ppl" else 811.2,
-        largest_weight=0.38 if sigma == "ppl" else 0.002, acc_original=before, acc_model=after,
-    )  # fmt: skip
+        task=task,
+        sigma=sigma,
+        num_questions=items,
+        stability=weighted,
+        stability_reference_bug=match + 0.01,
+        stability_interval=Interval(low=weighted - 0.03, high=min(weighted + 0.03, 1)),
+        match_rate=match,
+        match_rate_interval=Interval(low=match - 0.03, high=match + 0.03),
+        tt=tt,
+        tf=tf,
+        ft=ft,
+        ff=ff,
+        flips=tf + ft,
+        prediction_agreement=match - 0.05,
+        mcnemar_p=0.0004,
+        effective_questions=6.4 if sigma == "ppl" else 811.2,
+        largest_weight=0.38 if sigma == "ppl" else 0.002,
+        acc_original=before,
+        acc_model=after,
+    )
 
 
 def results(gap: float = 0.88, layers: int = 21, harm: float = 1.0, name: str = "demo-small", seed: int = 0) -> Results:
@@ -223,55 +292,98 @@ def results(gap: float = 0.88, layers: int = 21, harm: float = 1.0, name: str = 
     stability = tuple(_stability(t, before, after, items, s) for t, before, after, _ in losses for s in ("ppl", "nll"))
     averages = tuple(
         StabilityAverage(
-            name="all", sigma=sigma, num_tasks=len(own), stability=sum(s.stability for s in own) / len(own),
-            stability_reference_bug=0.8, match_rate=sum(s.match_rate for s in own) / len(own), flip_rate=0.2,
-            prediction_agreement=0.7, acc_original=0.6, acc_model=0.5,
+            name="all",
+            sigma=sigma,
+            num_tasks=len(own),
+            stability=sum(s.stability for s in own) / len(own),
+            stability_reference_bug=0.8,
+            match_rate=sum(s.match_rate for s in own) / len(own),
+            flip_rate=0.2,
+            prediction_agreement=0.7,
+            acc_original=0.6,
+            acc_model=0.5,
         )
         for sigma in ("ppl", "nll")
         for own in ([s for s in stability if s.sigma == sigma],)
-    )  # fmt: skip
+    )
     original = ModelResult(
-        name="original", role="original", source="demo", kind="demo", fingerprint=HASH, model_type="llama", size=_size(30),
-        perplexity=(_perplexity(2.7246),), tasks=tuple(_task(t, before, chance, items) for t, before, _, chance in losses),
-        generation=_generation(TEXTS, poor=False), speed=_speed(812.0, 21.3),
-    )  # fmt: skip
+        name="original",
+        role="original",
+        source="demo",
+        kind="demo",
+        fingerprint=HASH,
+        model_type="llama",
+        size=_size(30),
+        perplexity=(_perplexity(2.7246),),
+        tasks=tuple(_task(t, before, chance, items) for t, before, _, chance in losses),
+        generation=_generation(TEXTS, poor=False),
+        speed=_speed(812.0, 21.3),
+    )
     model = ModelResult(
-        name=name, role="model", source=f"runs/{name}", kind="folder", fingerprint=HASH[::-1], model_type="llama", size=_size(layers),
-        perplexity=(_perplexity(2.7246 + gap),), tasks=tuple(_task(t, after, chance, items) for t, _, after, chance in losses),
-        generation=_generation(POOR if harm > 0.8 else TEXTS, poor=harm > 0.8), speed=_speed(812 * 1.33, 21.3 * 1.35),
-    )  # fmt: skip
+        name=name,
+        role="model",
+        source=f"runs/{name}",
+        kind="folder",
+        fingerprint=HASH[::-1],
+        model_type="llama",
+        size=_size(layers),
+        perplexity=(_perplexity(2.7246 + gap),),
+        tasks=tuple(_task(t, after, chance, items) for t, _, after, chance in losses),
+        generation=_generation(POOR if harm > 0.8 else TEXTS, poor=harm > 0.8),
+        speed=_speed(812 * 1.33, 21.3 * 1.35),
+    )
     ideal = 30 / layers
     both = Comparison(
         original="original",
         model=name,
         perplexity=(
-            PerplexityComparison(name="wikitext2-valid.txt", ratio=math.exp(gap), nll_difference=gap, nll_difference_stderr=0.006),
+            PerplexityComparison(
+                name="wikitext2-valid.txt", ratio=math.exp(gap), nll_difference=gap, nll_difference_stderr=0.006
+            ),
         ),
         divergence=(
             DivergenceResult(
-                name="wikitext2-valid.txt", num_tokens=251_658, kl_mean=gap * 0.93, kl_stderr=0.005, kl_median=gap * 0.6,
-                kl_p99=gap * 5, kl_max=14.2, top1_agreement=1 - 0.45 * min(gap, 1), top1_agreement_stderr=0.0012,
+                name="wikitext2-valid.txt",
+                num_tokens=251_658,
+                kl_mean=gap * 0.93,
+                kl_stderr=0.005,
+                kl_median=gap * 0.6,
+                kl_p99=gap * 5,
+                kl_max=14.2,
+                top1_agreement=1 - 0.45 * min(gap, 1),
+                top1_agreement_stderr=0.0012,
             ),
         ),
         stability=stability,
         stability_averages=averages,
-        generation=Verdict(ok=True) if harm <= 0.8 else Verdict(ok=False, reasons=("2 of 6 texts end in a loop; the original's: 0.",)),
+        generation=Verdict(ok=True)
+        if harm <= 0.8
+        else Verdict(ok=False, reasons=("2 of 6 texts end in a loop; the original's: 0.",)),
         speed=SpeedComparison(
             prefill=SpeedRatio(ratio=1 + 0.8 * (ideal - 1), low=1.2, high=1.4, ideal_ratio=ideal, share_of_ideal=0.81),
-            decode=SpeedRatio(ratio=1 + 0.85 * (ideal - 1), low=1.29, high=1.41, ideal_ratio=ideal, share_of_ideal=0.84),
+            decode=SpeedRatio(
+                ratio=1 + 0.85 * (ideal - 1), low=1.29, high=1.41, ideal_ratio=ideal, share_of_ideal=0.84
+            ),
         ),
-    )  # fmt: skip
+    )
     return Results(
         models=(original, model),
         comparisons=(both,),
         provenance=Provenance(
             versions={"llm-streamline": "0.1.0", "python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0"},
-            seed=seed, device="cpu", dtype="bfloat16", threads=2, platform="Linux x86_64",
+            seed=seed,
+            device="cpu",
+            dtype="bfloat16",
+            threads=2,
+            platform="Linux x86_64",
             command=f"llm-streamline compress demo -o runs/{name} --layers 9",
-            config={"context": 1024, "limit": items, "tasks": [t for t, *_ in TASKS]}, data_hashes={"wikitext2-valid.txt": HASH},
-            plan_hash="0a1b2c3d4e5f6071", started_at="2025-11-22T08:31:07Z", seconds=412.7,
+            config={"context": 1024, "limit": items, "tasks": [t for t, *_ in TASKS]},
+            data_hashes={"wikitext2-valid.txt": HASH},
+            plan_hash="0a1b2c3d4e5f6071",
+            started_at="2025-11-22T08:31:07Z",
+            seconds=412.7,
         ),
-    )  # fmt: skip
+    )
 
 
 RECIPE = """\

@@ -45,6 +45,15 @@ class Figure:
     note: str = ""
 
 
+def split_interval(text: str) -> tuple[str, str]:
+    """'15.25 [14.80, 15.72]' -> ('15.25', '[14.80, 15.72]'), so that the value can stand out."""
+    for sign in (" [", " ±"):
+        if sign in text:
+            main, _, rest = text.partition(sign)
+            return main, sign.strip() + rest
+    return text, ""
+
+
 def pairs(results: Results) -> list[Pair]:
     """Every model that is not an original, with its original where there is one; originals alone if nothing else."""
     original = next((model for model in results.models if model.role == "original"), None)
@@ -80,7 +89,7 @@ def _sizes(pair: Pair) -> Iterator[Figure]:
         ("parameters", "parameters", words.count),
         ("without embeddings", "non_embedding_parameters", words.count),
         ("weights", "weight_bytes", words.size),
-        ("KV cache for a token", "kv_bytes_per_token", words.size),
+        ("KV cache per token", "kv_bytes_per_token", words.size),
     )
     for label, key, show in rows:
         after = getattr(pair.after.size, key)
@@ -113,15 +122,13 @@ def _speeds(pair: Pair) -> Iterator[Figure]:
         ratio: SpeedRatio | None = getattr(pair.both.speed, part) if pair.both and pair.both.speed else None
         yield Figure(
             "Speed",
-            f"{label}, tokens per second",
+            f"{label}, tokens/s",
             words.rate(getattr(before, key)) if before else MISSING,
             words.rate(getattr(after, key)),
             times(ratio.ratio) if ratio else "",
-            f"quartiles {between(decimal(ratio.low), decimal(ratio.high))}, ideal {times(ratio.ideal_ratio)}"
-            if ratio
-            else "",
+            f"quartiles {between(decimal(ratio.low), decimal(ratio.high))}" if ratio else "",
             _trend(ratio.ratio - 1, low_is_good=False, noise=0.01) if ratio else "",
-            note,
+            note + (f"; ideal {times(ratio.ideal_ratio)}" if ratio else ""),
         )
 
 
@@ -136,8 +143,10 @@ def perplexity_text(perplexity: float, nll: float, stderr: float | None) -> str:
 def _language(pair: Pair) -> Iterator[Figure]:
     befores = {p.name: p for p in pair.before.perplexity} if pair.before else {}
     ratios = {p.name: p for p in pair.both.perplexity} if pair.both else {}
+    several = len(pair.after.perplexity) > 1
     for after in pair.after.perplexity:
         name, before, ratio = words.model_name(after.name), befores.get(after.name), ratios.get(after.name)
+        suffix = f", {name}" if several else ""
         interval = ""
         if ratio and ratio.nll_difference_stderr is not None:
             spread = Z * ratio.nll_difference_stderr
@@ -145,37 +154,37 @@ def _language(pair: Pair) -> Iterator[Figure]:
             interval = between(*map(decimal, ends))
         yield Figure(
             "Language modelling",
-            f"perplexity, {name}",
+            f"perplexity{suffix}",
             perplexity_text(before.perplexity, before.nll, before.nll_stderr) if before else MISSING,
             perplexity_text(after.perplexity, after.nll, after.nll_stderr),
             times(ratio.ratio) if ratio else "",
             interval,
             _trend(ratio.ratio - 1, low_is_good=True, noise=0.001) if ratio else "",
-            f"{words.count(after.num_tokens)} tokens, context {after.context}, BOS {after.bos}",
+            f"{name}, {words.count(after.num_tokens)} tokens, context {after.context}, BOS {after.bos}",
         )
         if after.bits_per_byte is not None:
             known = before is not None and before.bits_per_byte is not None
             change = after.bits_per_byte - before.bits_per_byte if known else None
             yield Figure(
                 "Language modelling",
-                f"bits per byte, {name}",
+                f"bits per byte{suffix}",
                 decimal(before.bits_per_byte, 3) if known else MISSING,
                 decimal(after.bits_per_byte, 3),
                 "" if change is None else words.signed(change, 3),
                 trend="" if change is None else _trend(change, low_is_good=True, noise=0.001),
             )
     for kl in pair.both.divergence if pair.both else ():
-        name = words.model_name(kl.name)
+        suffix = f", {words.model_name(kl.name)}" if several else ""
         yield Figure(
             "Language modelling",
-            f"KL from the original, {name}",
+            f"KL from the original{suffix}",
             after=f"{decimal(kl.kl_mean, 3)} nats",
             interval=_spread(kl.kl_mean, kl.kl_stderr, lambda value: decimal(value, 3)),
-            note=f"median {decimal(kl.kl_median, 3)}, 99th percentile {decimal(kl.kl_p99)}, largest {decimal(kl.kl_max)}",
+            note=f"median {decimal(kl.kl_median, 3)}, 99th percentile {decimal(kl.kl_p99)}, most {decimal(kl.kl_max)}",
         )
         yield Figure(
             "Language modelling",
-            f"same likeliest token, {name}",
+            f"same likeliest token{suffix}",
             after=percent(kl.top1_agreement),
             interval=_spread(kl.top1_agreement, kl.top1_agreement_stderr, percent),
             note=f"share of {words.count(kl.num_tokens)} positions",
@@ -193,7 +202,7 @@ def _tasks(pair: Pair) -> Iterator[Figure]:
         before = {t.name: t for t in collapsed(list(befores.values()))}.get(task.name)
         note = f"{words.plural(task.num_items, 'question')}, {task.num_fewshot}-shot"
         note += f", chance {percent(task.chance)}" if task.chance is not None else ""
-        for key, label in (("acc", "accuracy"), ("acc_norm", "accuracy by length")):
+        for key in ("acc", "acc_norm"):
             value = getattr(task, key)
             if value is None:
                 continue
@@ -206,7 +215,7 @@ def _tasks(pair: Pair) -> Iterator[Figure]:
                 trend = _trend(value - base, low_is_good=False, noise=Z * stderr if stderr is not None else 0)
             yield Figure(
                 "Tasks",
-                f"{task.name}, {label}",
+                f"{task.name} {key}",
                 _accuracy(base, getattr(before, f"{key}_stderr") if before else None),
                 _accuracy(value, getattr(task, f"{key}_stderr")),
                 change,
@@ -219,7 +228,7 @@ def _tasks(pair: Pair) -> Iterator[Figure]:
             base = next((m.value for m in before.metrics if m.name == metric.name), None) if before else None
             yield Figure(
                 "Tasks",
-                f"{task.name}, {metric.name}",
+                f"{task.name} {metric.name}",
                 MISSING if base is None else decimal(base, 4),
                 decimal(metric.value, 4),
                 "" if base is None else words.signed(metric.value - base, 4),
@@ -292,11 +301,11 @@ def _stability(pair: Pair) -> Iterator[Figure]:
         by_others = "".join(f"by {s.sigma.upper()} {percent(s.stability)}, " for s in others)
         yield Figure(
             "Stability",
-            f"{result.task}, weighted by {result.sigma.upper()}",
+            result.task,
             after=percent(result.stability),
             interval=between(percent(interval.low), percent(interval.high)) if interval else "",
-            note=f"{by_others}unweighted {percent(result.match_rate)}; rests on {result.effective_questions:,.1f} of "
-            f"{words.plural(result.num_questions, 'question')}",
+            note=f"weighted by {result.sigma.upper()}; {by_others}unweighted {percent(result.match_rate)}; "
+            f"rests on {result.effective_questions:,.1f} of {words.plural(result.num_questions, 'question')}",
         )
 
 
@@ -321,7 +330,7 @@ def _writing(pair: Pair) -> Iterator[Figure]:
     for label, key, show in (
         ("repeated 4-grams", "repetition_rate", percent),
         ("different 2-grams", "distinct_2", percent),
-        ("texts that end in a loop", "loop_rate", percent),
+        ("ending in a loop", "loop_rate", percent),
         ("empty texts", "empty_rate", percent),
     ):
         value = getattr(after, key)

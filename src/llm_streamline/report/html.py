@@ -19,10 +19,10 @@ from llm_streamline.output import write_text
 from llm_streamline.plan import Replace
 from llm_streamline.report import plots, words
 from llm_streamline.report.answers import answers_view
-from llm_streamline.report.figures import Figure, Pair, figures, relative
+from llm_streamline.report.figures import Figure, Pair, figures, relative, split_interval
 from llm_streamline.report.heatmap import heatmap_svg
 from llm_streamline.report.plots import Mark, Series
-from llm_streamline.report.protocol import flat, proof_failure, protocol
+from llm_streamline.report.protocol import flat, proof_failure, proof_rows, protocol
 from llm_streamline.report.run import Run, load_run, network_words, what_was_done
 from llm_streamline.report.selection import candidate_rows, why
 from llm_streamline.report.verdict import judge, mean_accuracies
@@ -46,15 +46,6 @@ def environment() -> Environment:
 
 def _part(name: str) -> Markup:
     return Markup(resources.files("llm_streamline.report").joinpath("templates", name).read_text(encoding="utf-8"))
-
-
-def split_interval(text: str) -> tuple[str, str]:
-    """'15.25 [14.80, 15.72]' -> ('15.25', '[14.80, 15.72]'), so that the value can stand out."""
-    for sign in (" [", " ±"):
-        if sign in text:
-            main, _, rest = text.partition(sign)
-            return main, sign.strip() + rest
-    return text, ""
 
 
 def write_report(out: str | Path) -> Path:
@@ -94,7 +85,7 @@ def render(run: Run) -> str:
         "protocol": protocol(run),
         "recipe": run.recipe,
         "plan_json": run.plan.to_json() if run.plan else "",
-        "proof": flat(run.proof),
+        "proof": proof_rows(run.proof),
         "manifest": flat(run.manifest),
     }
     return environment().get_template("report.html.j2").render(sections=_sections(context), **context)
@@ -137,7 +128,7 @@ def _keys(pair: Pair) -> list[dict[str, str]]:
     for what, key, show in (
         ("parameters", "parameters", words.count),
         ("weights", "weight_bytes", words.size),
-        ("KV cache for a token", "kv_bytes_per_token", words.size),
+        ("KV cache per token", "kv_bytes_per_token", words.size),
     ):
         value = getattr(size, key)
         if pair.before is None:

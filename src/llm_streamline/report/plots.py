@@ -322,5 +322,7 @@ def scatter(
         style = "spot original" if spot.original else "spot front-spot" if spot.key in ahead else "spot"
         note = svg.tip(f"{spot.name}: {x_label} {spot.x:.4g}, {y_label} {spot.y:.4g}")
         parts.append(svg.circle(x, y, 10, style, **note))
-        parts.append(svg.text(x, y + 4.2, spot.key, "spot-key", "middle"))
+        parts.append(
+            svg.text(x, y + 4.2, spot.key, "spot-key inside" if style.endswith("front-spot") else "spot-key", "middle")
+        )
     return svg.drawing(WIDTH, height, parts, f"{y_label} against {x_label}", "scatter")

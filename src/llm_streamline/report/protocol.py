@@ -49,8 +49,9 @@ def protocol(run: Run) -> list[tuple[str, str]]:
 def _model_rows(model: ModelResult) -> list[tuple[str, str]]:
     rows = []
     for text in model.perplexity:
+        windows = f"{words.plural(text.num_windows, 'window')} of {text.context}"
         said = (
-            f"{words.count(text.num_tokens)} tokens scored in {words.plural(text.num_windows, 'window')} of {text.context}, "
+            f"{words.count(text.num_tokens)} tokens scored in {windows}, "
             f"stride {text.stride}, BOS {text.bos}, joined: {text.join}, {text.dtype}; token-level"
         )
         rows.append((f"Perplexity, {words.model_name(text.name)}", said))
@@ -65,7 +66,7 @@ def _model_rows(model: ModelResult) -> list[tuple[str, str]]:
         rows.append(
             (
                 "Text",
-                f"up to {made.max_new_tokens} tokens; sampled at temperature {made.temperature:g}, top-p {made.top_p:g}",
+                f"up to {made.max_new_tokens} tokens; sampled: temperature {made.temperature:g}, top-p {made.top_p:g}",
             )
         )
     if model.speed:
@@ -99,20 +100,15 @@ def _walk(value: Any, name: str):
         yield name, text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …"
 
 
+def proof_rows(proof: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each check of `proof.json` and what it found."""
+    return [
+        (str(check.get("name", "check")), f"{'passed' if check.get('ok') else 'FAILED'}: {check.get('detail', '')}")
+        for check in proof.get("checks", ())
+    ]
+
+
 def proof_failure(proof: Mapping[str, Any]) -> str:
     """What failed in `proof.json`, in words; empty when the proof held or there is none."""
-    if not proof or proof.get("ok") is not False and all(check["ok"] for check in _checks(proof)):
-        return ""
-    failed = [f"{check['name']}: {check['detail']}".rstrip(": ") for check in _checks(proof) if not check["ok"]]
-    return "Failed: " + "; ".join(failed) + "." if failed else "The proof file does not say which check failed."
-
-
-def _checks(proof: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = proof.get("checks", ())
-    entries = found.items() if isinstance(found, Mapping) else ((c.get("name", "check"), c) for c in found)
-    checks = []
-    for name, check in entries:
-        good = check if isinstance(check, bool) else check.get("ok", check.get("passed", True))
-        detail = "" if isinstance(check, bool) else str(check.get("detail", check.get("message", "")))
-        checks.append({"name": name, "ok": bool(good), "detail": detail})
-    return checks
+    failed = [f"{c.get('name', 'check')} ({c.get('detail', '')})" for c in proof.get("checks", ()) if not c.get("ok")]
+    return f"Failed: {'; '.join(failed)}." if failed else ""

@@ -46,6 +46,11 @@ class Verdict:
     parts: tuple[Part, ...]
 
     @property
+    def word(self) -> str:
+        """The level in words."""
+        return WORDS[self.level]
+
+    @property
     def headline(self) -> str:
         """The verdict in one line."""
         return HEADLINES[self.level]
@@ -118,7 +123,8 @@ def _accuracy(pair: Pair) -> Part | None:
     room = before - chance
     finding = f"mean accuracy {percent(before)} → {percent(after)} ({points(after - before)}"
     finding += ")" if stderr is None else f" ± {100 * Z * stderr:.1f})"
-    rule = f"kept from {percent(ACCURACY_KEPT[0], 0)} of the accuracy above chance, partly lost from {percent(ACCURACY_KEPT[1], 0)}"
+    bounds = (percent(ACCURACY_KEPT[0], 0), percent(ACCURACY_KEPT[1], 0))
+    rule = f"kept from {bounds[0]} of the accuracy above chance, partly lost from {bounds[1]}"
     if room <= 0:
         return Part("Answers", "unclear", finding + "; the original itself is not better than chance", rule)
     kept = (after - chance) / room

@@ -1,0 +1,178 @@
+"""Tables for the terminal: before and after, the preview of a plan, many runs side by side. Nothing is printed here."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from llm_streamline.evaluation.result import Results
+from llm_streamline.plan import Plan
+from llm_streamline.report import words
+from llm_streamline.report.compare import Comparison, compare
+from llm_streamline.report.figures import Pair, figures, pairs, relative, split_interval
+from llm_streamline.report.run import Run
+from llm_streamline.report.selection import candidate_rows
+from llm_streamline.report.verdict import Verdict, judge, thresholds
+
+STYLES = {"better": "green", "worse": "red", "same": "", "": ""}
+LEVEL_STYLES = {"kept": "bold green", "partly": "bold yellow", "unclear": "bold yellow", "lost": "bold red"}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a plan is expected to bring and to cost. Whatever is None is left out of the table."""
+
+    parameters: tuple[int, int] | None = None  # before, after
+    weight_bytes: tuple[int, int] | None = None
+    kv_bytes_per_token: tuple[int, int] | None = None
+    prefill_speedup: float | None = None  # expected ratio, above 1 is faster
+    decode_speedup: float | None = None
+    train_tokens: int | None = None
+    train_flops: float | None = None
+    train_seconds: float | None = None  # on this machine
+    peak_memory_bytes: int | None = None
+
+
+def _text(content: str, style: str = "") -> Text:
+    # never markup: names of tasks and models may hold square brackets
+    return Text(words.plain(content), style=style)
+
+
+def before_after_table(results: Results, width: int | None = None) -> list[Table]:
+    """A table for each model that was measured, with the original beside it where there is one.
+
+    Args:
+        results: what `evaluate` measured.
+        width: columns of the terminal, found out by default; below 100 the values go without their own intervals.
+    """
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    return [_pair_table(pair, own_intervals=width >= 100) for pair in pairs(results)]
+
+
+def _pair_table(pair: Pair, own_intervals: bool) -> Table:
+    table = Table(title=_text(_title(pair)), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", min_width=20)
+    for column in ("original", "result", "change") if pair.before else ("measured", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("interval", justify="right", style="dim", no_wrap=True)
+    group = ""
+    for row in figures(pair):
+        if row.group != group:
+            group = row.group
+            table.add_row(_text(group, "bold"))
+        values = [row.before, row.after] if pair.before else [row.after]
+        if not own_intervals:
+            values = [split_interval(value)[0] for value in values]
+        interval = row.interval.removeprefix("quartiles ")
+        table.add_row(
+            _text("  " + row.label), *map(_text, values), _text(row.change, STYLES[row.trend]), _text(interval)
+        )
+    table.caption = _text("Intervals hold 95 %; those of speed are quartiles over rounds.", "dim")
+    table.caption_justify = "left"
+    return table
+
+
+def _title(pair: Pair) -> str:
+    name = words.model_name(pair.after.name)
+    return f"{name} against {words.model_name(pair.before.source)}" if pair.before else name
+
+
+def verdict_table(results: Results) -> Table | None:
+    """The verdict on the first model: each part, what was found, the rule; None without a comparison."""
+    verdict = next((found for pair in pairs(results) if (found := judge(pair))), None)
+    return _verdict_table(verdict) if verdict else None
+
+
+def _verdict_table(verdict: Verdict) -> Table:
+    title = _text(verdict.headline, LEVEL_STYLES[verdict.level])
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for part in verdict.parts:
+        table.add_row(_text(part.name), _text(part.word, LEVEL_STYLES[part.level]), _text(part.finding))
+    table.caption = _text(thresholds(), "dim")
+    table.caption_justify = "left"
+    return table
+
+
+def plan_table(plan: Plan, preview: Preview | None = None) -> Group:
+    """What a plan does, what it is expected to bring, and what training it will cost."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row(
+        "layers",
+        str(plan.model.num_layers),
+        str(plan.num_layers_after),
+        _change(plan.model.num_layers, plan.num_layers_after),
+    )
+    for label, key, show in (
+        ("parameters", "parameters", words.count),
+        ("weights", "weight_bytes", words.size),
+        ("KV cache per token", "kv_bytes_per_token", words.size),
+    ):
+        both = getattr(preview, key, None)
+        if both is not None:
+            table.add_row(label, *(_text(show(value)) for value in both), _change(*both))
+    for label, key in (("prefill speed, expected", "prefill_speedup"), ("decode speed, expected", "decode_speedup")):
+        ratio = getattr(preview, key, None)
+        if ratio is not None:
+            table.add_row(label, "", "", _text(words.times(ratio)))
+    costs = (
+        ("training tokens", "train_tokens", words.count),
+        ("training compute", "train_flops", lambda flops: f"{flops:.1e} FLOP"),
+        ("training time here, about", "train_seconds", words.duration),
+        ("peak memory, about", "peak_memory_bytes", words.size),
+    )
+    for label, key, show in costs:
+        value = getattr(preview, key, None)
+        if value is not None:
+            table.add_row(label, "", _text(show(value)), "")
+    return Group(_text(plan.describe(), "bold"), table)
+
+
+def _change(before: float, after: float) -> Text:
+    return _text(words.signed_percent(relative(before, after)))
+
+
+def candidates_table(plan: Plan) -> Table | None:
+    """The spans that were considered, best first; None when the plan does not say."""
+    if plan.selection is None or not plan.selection.candidates:
+        return None
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("span", "cosine", "first token", "other tokens", "held-out loss"):
+        table.add_column(column, justify="left" if column == "span" else "right")
+    chosen = [(edit.start, edit.stop) for edit in plan.edits]
+    for row in candidate_rows(plan.selection, chosen):
+        name = row["span"] + (" (chosen)" if row["chosen"] else "")
+        cells = (name, row["similarity"], row["first"], row["rest"], row["loss"])
+        table.add_row(*map(_text, cells), style="bold" if row["chosen"] else "")
+    return table
+
+
+def comparison_tables(runs: Sequence[Run]) -> list[Table]:
+    """Differences of settings, then the numbers of many runs, one row a run."""
+    found: Comparison = compare(runs)
+    tables = []
+    if found.differences:
+        table = Table(title="What differs", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("setting")
+        for entry in found.entries:
+            table.add_column(_text(entry.key), justify="right")
+        for name, values in found.differences:
+            table.add_row(_text(name), *map(_text, values))
+        tables.append(table)
+    table = Table(title="What came of it", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("")
+    table.add_column("run", overflow="fold", min_width=8)
+    columns = found.columns
+    for column in columns:
+        table.add_column(_text(column.short), justify="right", no_wrap=True)
+    for index, entry in enumerate(found.entries):
+        cells = [_text(c.texts[index], "bold green" if index in c.best else "") for c in columns]
+        table.add_row(_text(entry.key, "bold"), _text(entry.name), *cells)
+    table.caption = _text(" ".join(found.warnings), "yellow") if found.warnings else None
+    table.caption_justify = "left"
+    tables.append(table)
+    return tables
