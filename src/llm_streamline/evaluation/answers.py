@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_streamline.errors import NumericsError, TaskError
+from llm_streamline.evaluation.result import Results
 
 _GROUPS = ("cmmlu", "mmlu", "ceval", "agieval")  # one file for each subject; the paper averages over subjects first
 _OWN_KEYS = {"id", "question", "gold", "loglikelihood", "tokens", "chars"}
@@ -59,8 +60,9 @@ def read_answers(path: str | Path, metric: str = "acc") -> dict[str, Answers]:
     """Read every answered data set in `path`, by its name.
 
     Args:
-        path: a per-item log (.jsonl of ours or of lm-eval's --log_samples), an OpenCompass prediction file (.json), a
-            folder of such files, a folder with `streamline/items` or `items`, or a `results.json` with items beside it.
+        path: a result file of `evaluate`, or the output folder it is in (the answers of its one compressed model, or of
+            its only model); a per-item log (.jsonl of ours or of lm-eval's --log_samples); an OpenCompass prediction
+            file (.json); or a folder of such logs of one model.
         metric: how our own logs choose an answer: 'acc' by log-likelihood, 'acc_norm' by log-likelihood per character.
 
     Raises:
@@ -80,29 +82,35 @@ def read_answers(path: str | Path, metric: str = "acc") -> dict[str, Answers]:
         found[answers.task] = answers
     if not found:
         raise TaskError(
-            f"{path} holds no per-item logs: expected .jsonl files of `evaluate` or lm-eval --log_samples, "
-            "or OpenCompass prediction .json files with a PPL for each choice."
+            f"{path} holds no per-item logs: expected a result file of `evaluate`, .jsonl files of lm-eval "
+            "--log_samples, or OpenCompass prediction .json files with a PPL for each choice."
         )
     return found
 
 
 def _files(path: Path) -> list[Path]:
+    """The log files that `path` stands for."""
     if not path.exists():
         raise TaskError(f"no file or folder {path}.")
-    if path.is_file() and path.name != "results.json":
+    for results in (path, path / "streamline" / "results.json", path / "results.json"):
+        if results.is_file() and results.suffix == ".json" and (logs := _logs_of_results(results)) is not None:
+            return logs
+    if path.is_file():
         return [path]
-    folder = path if path.is_dir() else path.parent
-    for inner in ("streamline/items", "items"):
-        if (folder / inner).is_dir():
-            folder = folder / inner
-            break
-    own = [child for child in folder.iterdir() if child.is_dir() and any(child.glob("*.jsonl"))]
-    if folder.name == "items" and len(own) == 2 and (folder / "original").is_dir():
-        own = [child for child in own if child.name != "original"]  # a run's folder stands for the compressed model
-    if folder.name == "items" and len(own) > 1:
-        names = ", ".join(sorted(str(child) for child in own))
-        raise TaskError(f"{path} holds answers of {len(own)} models; name one of {names}.")
-    return sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".jsonl"))
+    return sorted(file for file in path.rglob("*") if file.suffix in (".json", ".jsonl"))
+
+
+def _logs_of_results(file: Path) -> list[Path] | None:
+    """The logs of the model in a result file of ours; None when the file is something else."""
+    data = _load(file.read_bytes(), str(file))
+    if "models" not in data or "provenance" not in data:
+        return None
+    results = Results.load(file)
+    models = [model for model in results.models if model.role == "model"] or list(results.models)
+    if len(models) != 1:
+        folders = ", ".join(str(file.parent / "items" / model.name) for model in results.models)
+        raise TaskError(f"{file} holds {len(models)} models; name the items of one: {folders}.")
+    return [file.parent / task.items_file for task in models[0].tasks if task.items_file]
 
 
 def _read_file(file: Path, metric: str) -> Answers | None:
@@ -120,9 +128,10 @@ def _read_file(file: Path, metric: str) -> Answers | None:
     first = rows[0][0]
     try:
         if first.keys() >= _OWN_KEYS:
-            return _from_own(rows, file, metric)
+            return answers_of_rows(rows, str(file), metric)
         if "doc_id" in first and ("filtered_resps" in first or "resps" in first):
-            return _from_lm_eval(rows, file)
+            task = re.sub(r"^samples_|_\d{4}-\d{2}-\d{2}T[\d:.\-]+$", "", file.stem)
+            return answers_of_samples(rows, task, str(file))
     except _BadRow as error:
         raise TaskError(f"{file}, line {error.number}: {error.reason}.") from None
     raise TaskError(f"{file} is neither a log of `evaluate` nor of lm-eval --log_samples.")
@@ -157,12 +166,13 @@ def _best(scores: list[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)  # the first of equal scores, as numpy's argmax
 
 
-def _from_own(rows: list, file: Path, metric: str) -> Answers:
+def answers_of_rows(rows: list[tuple[dict, int]], origin: str, metric: str = "acc") -> Answers:
+    """Read rows of our own logs, each with its line number; `origin` names the file in messages."""
     items = []
     for row, number in rows:
         if missing := _OWN_KEYS - row.keys():
             raise _BadRow(number, f"the field '{min(missing)}' is missing")
-        likelihoods = _finite(row["loglikelihood"], f"{file}, line {number}")
+        likelihoods = _finite(row["loglikelihood"], f"{origin}, line {number}")
         if len(row["tokens"]) != len(likelihoods) or len(row["chars"] or likelihoods) != len(likelihoods):
             raise _BadRow(number, "the lists of the choices differ in length")
         nll = tuple(-ll / max(1, count) for ll, count in zip(likelihoods, row["tokens"], strict=True))
@@ -171,11 +181,12 @@ def _from_own(rows: list, file: Path, metric: str) -> Answers:
             scores = [ll / max(1, chars) for ll, chars in zip(likelihoods, row["chars"], strict=True)]
         prediction = _best(scores)
         items.append(Answer(str(row["id"]), row["question"], nll, prediction, prediction == row["gold"]))
-    task = rows[0][0].get("task", file.stem)
-    return Answers(task, group_of(task), metric, "token", tuple(items), str(file))
+    task = rows[0][0].get("task") or Path(origin).stem
+    return Answers(task, group_of(task), metric, "token", tuple(items), origin)
 
 
-def _from_lm_eval(rows: list, file: Path) -> Answers:
+def answers_of_samples(rows: list[tuple[dict, int]], task: str, origin: str) -> Answers:
+    """Read rows as lm-eval's --log_samples writes them, each with its line number."""
     items, seen = [], set()
     for row, number in rows:
         if row["doc_id"] in seen:
@@ -184,7 +195,7 @@ def _from_lm_eval(rows: list, file: Path) -> Answers:
         responses = row.get("filtered_resps") or row.get("resps")
         try:
             pairs = [response[0] if isinstance(response[0], (list, tuple)) else response for response in responses]
-            likelihoods = _finite((pair[0] for pair in pairs), f"{file}, line {number}")
+            likelihoods = _finite((pair[0] for pair in pairs), f"{origin}, line {number}")
             arguments = row["arguments"]
             requests = list(arguments.values()) if isinstance(arguments, dict) else arguments
             texts = [list(one.values()) if isinstance(one, dict) else list(one) for one in requests]
@@ -193,14 +204,15 @@ def _from_lm_eval(rows: list, file: Path) -> Answers:
         if "acc" not in row:
             raise _BadRow(number, "the field 'acc' is missing; stability needs a multiple-choice task")
         num_choices = min(len(likelihoods), len(texts))
+        if "acc_mutual_info" in row:
+            num_choices //= 2  # the second half are the choices without context
         nll = tuple(
             -ll / max(1, len(str(text[1]).encode())) for ll, text in zip(likelihoods, texts[:num_choices], strict=False)
         )
         question = question_hash(str(part) for text in texts for part in text[:2])
         prediction = _best(list(likelihoods[:num_choices]))
         items.append(Answer(str(row["doc_id"]), question, nll, prediction, bool(row["acc"])))
-    task = re.sub(r"^samples_|_\d{4}-\d{2}-\d{2}T[\d:.\-]+$", "", file.stem)
-    return Answers(task, group_of(task), "acc", "byte", tuple(items), str(file))
+    return Answers(task, group_of(task), "acc", "byte", tuple(items), origin)
 
 
 def _is_opencompass(data: dict) -> bool:

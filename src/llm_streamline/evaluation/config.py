@@ -11,13 +11,17 @@ class EvaluationConfig(FrozenModel):
     """Settings of an evaluation. Nothing is measured that is not asked for, but sizes."""
 
     perplexity: tuple[str, ...] = Field((), description="texts to take perplexity (and divergence) on: paths or specs")
-    context: PositiveInt = Field(1024, description="tokens in a window of perplexity, BOS included")
+    context: PositiveInt | None = Field(
+        None,
+        description="tokens in a window of perplexity, BOS included; none: 1024, or the model's positions if fewer",
+    )
     stride: PositiveInt | None = Field(None, description="tokens between window starts; none: windows do not overlap")
     tokens: PositiveInt | None = Field(None, description="tokens of each text at most; none: all of it")
     divergence: bool = Field(True, description="KL and top-1 agreement with the original on the same windows")
 
     tasks: tuple[str, ...] = Field(
-        (), description="multiple-choice files, `continuation[:TEXT]`, or names, groups and YAML folders of lm-eval"
+        (),
+        description="multiple-choice files, `continuation[:TEXT]`, or names, groups, YAML folders of lm-eval",
     )
     scorer: Literal["auto", "light", "lm-eval"] = Field(
         "auto", description="who scores local multiple-choice files; auto is our light scorer"
@@ -41,7 +45,9 @@ class EvaluationConfig(FrozenModel):
 
     speed: bool = Field(True, description="measure prefill and decode, in turns with the original")
     speed_batch_size: PositiveInt = Field(1, description="sequences in the speed measurement")
-    speed_prompt_tokens: PositiveInt = Field(256, description="prompt length in the speed measurement")
+    speed_prompt_tokens: PositiveInt | None = Field(
+        None, description="prompt length in the speed measurement; none: 256, or what the model's positions leave"
+    )
     speed_new_tokens: PositiveInt = Field(16, description="decode steps in the speed measurement")
     speed_rounds: PositiveInt = Field(5, description="rounds of the speed measurement; the median is reported")
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from llm_streamline.errors import ConfigError, NumericsError
 from llm_streamline.evaluation.result import Continuation, GenerationResult, Verdict
 from llm_streamline.logs import progress_bar
 
@@ -78,6 +79,7 @@ def generate_texts(
     prompts: Sequence[str] = PROMPTS,
     *,
     max_new_tokens: int = 64,
+    max_positions: int | None = None,
     samples: int = 1,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -92,12 +94,22 @@ def generate_texts(
         tokenizer: its tokenizer.
         prompts: texts to continue, none empty.
         max_new_tokens: tokens written at most.
+        max_positions: most tokens the model takes, prompt included; None: no limit.
         samples: sampled continuations of each prompt.
         temperature: of sampling.
         top_p: of sampling.
         seed: of sampling.
+
+    Raises:
+        ConfigError: a prompt is empty, or leaves no room to write.
+        NumericsError: the model's probabilities are not finite.
     """
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    longest = max((len(ids) for ids in encoded), default=0)
+    if not encoded or not all(encoded) or (max_positions is not None and longest >= max_positions):
+        raise ConfigError(f"prompts must have 1 to {(max_positions or 10**9) - 1} tokens, the longest has {longest}.")
+    if max_positions is not None:
+        max_new_tokens = min(max_new_tokens, max_positions - longest)
     batches = _batches(model, encoded)
     texts: dict[tuple[int, int], Continuation] = {}
     ends = _end_tokens(model, tokenizer)
@@ -106,7 +118,12 @@ def generate_texts(
         for turn in range(samples + 1):
             for batch in batches:
                 prompts_ids = [encoded[i] for i in batch]
-                written = _generate(model, prompts_ids, ends, max_new_tokens, turn > 0, temperature, top_p)
+                try:
+                    written = _generate(model, prompts_ids, ends, max_new_tokens, turn > 0, temperature, top_p)
+                except RuntimeError as error:
+                    if "probability tensor" not in str(error):
+                        raise
+                    raise NumericsError("generation: the model's probabilities are not finite.") from error
                 for i, row in zip(batch, written, strict=True):
                     texts[i, turn] = _continuation(prompts[i], "sampled" if turn else "greedy", row, ends, tokenizer)
                 bar.advance()

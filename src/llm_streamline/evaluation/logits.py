@@ -45,6 +45,7 @@ class LogitReader:
         ids = torch.arange(1, _PROBE_TOKENS + 1, device=self.device)[None] % self.vocab_size
         with torch.inference_mode():
             own = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            check_finite(own.max(dim=-1).values, f"a text of {_PROBE_TOKENS} tokens")
             caught = self._caught(input_ids=ids)
             if caught is None or caught.shape[:2] != ids.shape:
                 return None
@@ -125,11 +126,18 @@ class LogitReader:
         return found_N.cpu()
 
 
+def max_positions(model: nn.Module) -> int | None:
+    """Return how many tokens the model can read at once; None when its config sets no limit."""
+    config = model.config.get_text_config()
+    found = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+
+
 def check_finite(values: Tensor, where: str) -> None:
     """Raise NumericsError naming `where` unless all values are finite."""
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         raise NumericsError(
-            f"{where}: the model gives not-a-number or infinite log-likelihoods ({bad} of {values.numel()}). "
+            f"{where}: the model gives not-a-number or infinite values ({bad} of {values.numel()}). "
             "Try --dtype float32; if that does not help, its weights are broken."
         )

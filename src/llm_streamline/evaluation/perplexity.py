@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_streamline.data.perplexity import perplexity_windows
+from llm_streamline.data.windows import Windows
 from llm_streamline.errors import TextError
 from llm_streamline.evaluation.logits import LogitReader, check_finite
 from llm_streamline.evaluation.result import DivergenceResult, PerplexityComparison, PerplexityResult
@@ -71,23 +73,45 @@ class Divergences:
     same_top: list[int] = field(default_factory=list)
 
 
-def windows_of(name: str, packed, tokenizer) -> ScoredText:
-    """Make a scored text of packed windows (`data.Windows`, input_ids (W, T)); special tokens are not scored."""
-    ids_WT = torch.as_tensor(np.asarray(packed.input_ids).astype(np.int64))
+def scored_text(name: str, text: str, tokenizer, context: int, stride: int | None, tokens: int | None) -> ScoredText:
+    """Cut one text into windows by the protocol of `data.perplexity_windows`.
+
+    Raises:
+        TextError: the text has not one token to score.
+        ConfigError: context or stride is impossible.
+    """
+    try:
+        found = perplexity_windows(text, tokenizer, context, stride=stride, max_tokens=tokens)
+    except TextError as error:
+        raise TextError(f"{name}: {error}") from None
+    rows = zip(found.input_ids, found.scored, found.lengths.tolist(), strict=True)
+    return ScoredText(
+        name=name,
+        windows=tuple(ScoredWindow(ids[:length].long(), scored[:length]) for ids, scored, length in rows),
+        num_bytes=found.protocol["num_bytes"],
+        context=found.protocol["context"],
+        stride=found.protocol["stride"],
+        bos=found.protocol["bos"],
+        join="the text as it stands; documents of a data set joined by a blank line",
+    )
+
+
+def packed_text(name: str, packed: Windows, tokenizer) -> ScoredText:
+    """Make a scored text of packed windows; special tokens (document boundaries) are context but not scored."""
+    ids_WT = torch.as_tensor(packed.input_ids).long()
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
     scored_WT = ~torch.isin(ids_WT, special)
     scored_WT[:, 0] = False
-    num_bytes = sum(
-        len(tokenizer.decode(row[row_scored]).encode()) for row, row_scored in zip(ids_WT, scored_WT, strict=True)
-    )
+    pieces = tokenizer.batch_decode([ids[scored] for ids, scored in zip(ids_WT, scored_WT, strict=True)])
+    rows = zip(ids_WT, scored_WT, strict=True)
     return ScoredText(
         name=name,
-        windows=tuple(ScoredWindow(row, mask) for row, mask in zip(ids_WT, scored_WT, strict=True) if mask.any()),
-        num_bytes=num_bytes,
-        context=ids_WT.shape[1],
-        stride=ids_WT.shape[1],
+        windows=tuple(ScoredWindow(ids, scored) for ids, scored in rows if scored.any()),
+        num_bytes=sum(len(piece.encode()) for piece in pieces),
+        context=packed.seq_len,
+        stride=packed.seq_len,
         bos=str(packed.provenance.get("bos", "as packed")),
-        join="documents packed one after the other",
+        join="documents packed one after the other; tokens at their boundaries are not scored",
     )
 
 

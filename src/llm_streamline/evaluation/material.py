@@ -1,0 +1,105 @@
+"""What an evaluation needs before any model runs: texts and questions, found and checked early."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llm_streamline.data.text import open_text, read_whole_text
+from llm_streamline.data.windows import Windows
+from llm_streamline.errors import ConfigError, TaskError
+from llm_streamline.evaluation.config import EvaluationConfig
+from llm_streamline.evaluation.items import ChoiceTask, is_choice_file, read_choice_file, with_examples
+from llm_streamline.evaluation.passages import continuation_task, texts_of_windows
+from llm_streamline.evaluation.perplexity import ScoredText, packed_text, scored_text
+from llm_streamline.evaluation.tasks import check_task_names
+
+DEFAULT_CONTEXT = 1024
+_CONTINUATION = "continuation"
+
+
+@dataclass
+class Material:
+    """Texts and questions of one evaluation.
+
+    `windows` are packed windows made elsewhere (held-out text of a run), by name; they are scored beside the texts of
+    the config.
+    """
+
+    config: EvaluationConfig
+    windows: Mapping[str, Windows] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    choice_tasks: list[ChoiceTask] = field(default_factory=list)
+    harness_tasks: list[str] = field(default_factory=list)
+
+    def scored_texts(self, tokenizer, positions: int | None) -> list[ScoredText]:
+        """Cut all texts into windows for one tokenizer.
+
+        Args:
+            tokenizer: the model's.
+            positions: most tokens the model reads at once; None: no limit.
+
+        Raises:
+            ConfigError: a window is longer than the model's positions.
+            TextError: a text is too short to be scored.
+        """
+        context = self.config.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
+        found = [packed_text(name, packed, tokenizer) for name, packed in self.windows.items()]
+        longest = max([one.context for one in found] + ([context] if self.texts else []), default=0)
+        if positions is not None and longest > positions:
+            raise ConfigError(
+                f"a window of {longest} tokens is longer than the model's {positions} positions; "
+                f"ask for a context of {positions} at most."
+            )
+        limits = (context, self.config.stride, self.config.tokens)
+        return found + [scored_text(name, text, tokenizer, *limits) for name, text in self.texts.items()]
+
+
+def gather(config: EvaluationConfig, tokenizer=None, windows: Mapping[str, Windows] | None = None) -> Material:
+    """Read texts and questions, and check the names of tasks.
+
+    Args:
+        config: what to measure.
+        tokenizer: needed only to read a `continuation` task out of `windows`.
+        windows: held-out windows of a run, by name.
+
+    Raises:
+        TextError, TaskError, MissingExtraError: something asked for is not there or cannot be used.
+    """
+    material = Material(config, windows or {})
+    for spec in config.perplexity:
+        material.texts[_unused(spec, material.texts | dict(material.windows))] = read_whole_text(spec)
+    for name in config.tasks:
+        if name == _CONTINUATION or name.startswith(f"{_CONTINUATION}:"):
+            task = _continuation(name, config, tokenizer, material.windows)
+        elif is_choice_file(name):
+            task = read_choice_file(name)
+        elif Path(name).is_file():
+            raise TaskError(f"{name} is no multiple-choice file: those end in .jsonl or .jsonl.gz.")
+        else:
+            material.harness_tasks.append(name)
+            continue
+        if task.name in {other.name for other in material.choice_tasks}:
+            raise TaskError(f"two tasks are named '{task.name}'; rename one of the files.")
+        material.choice_tasks.append(with_examples(task, config.num_fewshot).first(config.limit))
+    if material.harness_tasks:
+        check_task_names(material.harness_tasks)
+    return material
+
+
+def _unused(name: str, used: Mapping) -> str:
+    if name not in used:
+        return name
+    raise ConfigError(f"the text '{name}' is asked for twice.")
+
+
+def _continuation(name: str, config: EvaluationConfig, tokenizer, windows: Mapping[str, Windows]) -> ChoiceTask:
+    """Make the task of the text it names, else of the run's windows, else of the first text, else of `builtin`."""
+    _, _, spec = name.partition(":")
+    if not spec and windows and tokenizer is not None:
+        texts: Sequence[str] = texts_of_windows(next(iter(windows.values())), tokenizer)
+    else:
+        spec = spec or (config.perplexity[0] if config.perplexity else "builtin")
+        texts = (document.text for document in open_text(spec).documents())
+    wanted = config.limit and config.limit + config.num_fewshot
+    label = name.replace("/", "_") if name != _CONTINUATION else _CONTINUATION
+    return continuation_task(texts, name=label, num_items=wanted, seed=config.seed)
