@@ -214,5 +214,5 @@ def _spread_weights(model: PreTrainedModel) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
         else:
             parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    for embedding in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         embedding.weight.normal_(0, 1)

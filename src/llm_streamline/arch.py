@@ -5,7 +5,6 @@ The layers are the one ModuleList as long as the text config's layer count; laye
 lives here too, because it is nothing but applying those facts. Letters: L layers.
 """
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -15,20 +14,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.families import FAMILIES, REFUSED, REFUSED_SETTINGS, WRAPPERS, Family
 from llm_streamline.layer_config import text_config
-
-_INDEX_NAME = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number|num)$")
-
-
-@dataclass(frozen=True)
-class IndexField:
-    """A place where a layer stores its own index: attribute `name` of submodule `module`, holding index + `offset`."""
-
-    module: str
-    name: str
-    offset: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}".lstrip(".")
+from llm_streamline.structure import (
+    IndexField,
+    final_norm_path,
+    find_layers_path,
+    first_present,
+    index_fields,
+    is_module,
+    path_of,
+    present,
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ def find_arch(model: PreTrainedModel) -> ArchSpec:
     check_architecture(model.config)
     text = text_config(model.config)
     family = FAMILIES[text.model_type]
-    path = _find_layers(model, text)
+    path = find_layers_path(model, text)
     layers = model.get_submodule(path)
     owner = path.rpartition(".")[0]
     first = _first_stock_layer(layers, family, text.model_type)
@@ -108,20 +103,20 @@ def find_arch(model: PreTrainedModel) -> ArchSpec:
         model_type=text.model_type,
         num_layers=len(layers),
         layers=path,
-        embeddings=_path_of(model, model.get_input_embeddings()),
-        final_norm=_final_norm(model, owner),
-        head=_path_of(model, model.get_output_embeddings()),
+        embeddings=path_of(model, model.get_input_embeddings()),
+        final_norm=final_norm_path(model, owner),
+        head=path_of(model, model.get_output_embeddings()),
         attention_out=family.attention_out,
         mlp_out=family.mlp_out,
-        attention_norm_in=_first_present(first, family.attention_norm_in),
-        mlp_norm_in=_first_present(first, family.mlp_norm_in),
-        attention_norm_out=_first_present(first, family.attention_norm_out),
-        mlp_norm_out=_first_present(first, family.mlp_norm_out),
+        attention_norm_in=first_present(first, family.attention_norm_in),
+        mlp_norm_in=first_present(first, family.mlp_norm_in),
+        attention_norm_out=first_present(first, family.attention_norm_out),
+        mlp_norm_out=first_present(first, family.mlp_norm_out),
         silent_norm_weight=family.silent_norm_weight,
         activation=_activation(text, family),
         parallel=family.parallel if isinstance(family.parallel, bool) else any(c.holds(text) for c in family.parallel),
         identity_obstacle=obstacle,
-        index_fields=_index_fields(layers),
+        index_fields=index_fields(layers),
         tied_head=bool(getattr(text, "tie_word_embeddings", False)),
         family=family,
     )
@@ -129,7 +124,7 @@ def find_arch(model: PreTrainedModel) -> ArchSpec:
 
 def get_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of `model`, a live view: what is put into it is in the model."""
-    return model.get_submodule(_find_layers(model, text_config(model.config)))
+    return model.get_submodule(find_layers_path(model, text_config(model.config)))
 
 
 def identity_possible(arch: ArchSpec) -> bool:
@@ -140,13 +135,13 @@ def identity_possible(arch: ArchSpec) -> bool:
 def mlp_facts(layer: nn.Module, arch: ArchSpec) -> MlpFacts:
     """What kind of MLP `layer` has and where its projections are."""
     family = arch.family
-    down = _first_present(layer, family.mlp_out)
-    gate, up = _first_present(layer, family.gate), _first_present(layer, family.up)
-    gate_up = _first_present(layer, family.gate_up)
+    down = first_present(layer, family.mlp_out)
+    gate, up = first_present(layer, family.gate), first_present(layer, family.up)
+    gate_up = first_present(layer, family.gate_up)
     if down is None:
         return MlpFacts("none", None, None, None, None, None, False, None)
-    projection = layer.get_submodule(down) if _is_module(layer, down) else None
-    if projection is None or len(_present(layer, family.mlp_out)) > 1:
+    projection = layer.get_submodule(down) if is_module(layer, down) else None
+    if projection is None or len(present(layer, family.mlp_out)) > 1:
         return MlpFacts("moe", None, None, None, None, arch.activation, False, None)
     transposed = not isinstance(projection, nn.Linear) and type(projection).__name__ == "Conv1D"
     width = projection.weight.shape[0 if transposed else 1]
@@ -197,14 +192,14 @@ def _silence(layer, arch, projections, norm):
     if norm is not None:
         layer.get_submodule(norm).weight.fill_(arch.silent_norm_weight)
         return
-    for path in _present(layer, projections):
+    for path in present(layer, projections):
         for parameter in _parameters_at(layer, path):
             parameter.zero_()
 
 
 def _parameters_at(layer, path):
     """The parameters of a projection: a module's own, or a bare tensor and the bias stored beside it."""
-    if _is_module(layer, path):
+    if is_module(layer, path):
         return list(layer.get_submodule(path).parameters())
     owner = layer.get_submodule(path.rpartition(".")[0])
     name = path.rpartition(".")[2]
@@ -221,97 +216,17 @@ def _check_plain(model) -> None:
         raise ArchitectureError("the model carries adapters that name layers by index; merge them before cutting")
 
 
-def _find_layers(model, text) -> str:
-    """Path of the one ModuleList with an entry for each layer, not inside another one, described by `text`."""
-    num_layers = text.num_hidden_layers
-    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    paths = [path for path, _ in lists]
-    outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
-    fitting = [path for path in outer if _described_by(model, path, text)]
-    if not fitting:
-        raise ArchitectureError(
-            f"found no list of {num_layers} decoder layers in {type(model).__name__}; "
-            "does the config state the right number of layers?"
-        )
-    if len(fitting) > 1:
-        raise ArchitectureError(
-            f"found {len(fitting)} lists of {num_layers} layers in {type(model).__name__} "
-            f"({', '.join(fitting)}); cannot tell which are the decoder layers"
-        )
-    return fitting[0]
-
-
 def _first_stock_layer(layers, family, model_type) -> nn.Module:
     """The first layer of the family's own kind; a replacement network may stand before it."""
     names = family.attention_out + family.mlp_out
     for layer in layers:
-        if _present(layer, names):
+        if present(layer, names):
             return layer
     raise ArchitectureError(
         f"the layers of this {model_type} have none of {', '.join(names)}: not what transformers builds for this family"
     )
 
 
-def _described_by(model, path, text) -> bool:
-    """Whether the nearest module around `path` that has a config has the text model's (a vision tower has its own)."""
-    while path:
-        path = path.rpartition(".")[0]
-        config = getattr(model.get_submodule(path), "config", None)
-        if isinstance(config, PreTrainedConfig):
-            return text_config(config).model_type == text.model_type
-    return False
-
-
-def _index_fields(layers: nn.ModuleList) -> tuple[IndexField, ...]:
-    """Integers that count the layers: by name wherever they occur, by value when every layer has them."""
-    seen: dict[tuple[str, str], dict[int, int]] = {}
-    for index, layer in enumerate(layers):
-        for module, submodule in layer.named_modules():
-            for name, value in vars(submodule).items():
-                if isinstance(value, int) and not isinstance(value, bool):
-                    seen.setdefault((module, name), {})[index] = value
-    fields = []
-    for (module, name), values in seen.items():
-        offsets = {value - index for index, value in values.items()}
-        named = bool(_INDEX_NAME.search(name))
-        counting = len(offsets) == 1 and len(values) == len(layers) > 2
-        if named and len(offsets) > 1:
-            raise ArchitectureError(f"{module}.{name} does not count the layers: {sorted(values.items())}")
-        if named or counting:
-            fields.append(IndexField(module, name, offsets.pop()))
-    return tuple(fields)
-
-
-def _final_norm(model, owner: str) -> str | None:
-    norms = [name for name, child in model.get_submodule(owner).named_children() if "Norm" in type(child).__name__]
-    return f"{owner}.{norms[-1]}".lstrip(".") if norms else None  # an embedding norm comes before it (Bloom)
-
-
-def _path_of(model, module) -> str | None:
-    return next((path for path, candidate in model.named_modules() if candidate is module), None)
-
-
 def _activation(text, family) -> str | None:
     names = (getattr(text, key, None) for key in family.activation)
     return next((name for name in names if isinstance(name, str)), family.fixed_activation)
-
-
-def _is_module(layer, path) -> bool:
-    owner, _, name = path.rpartition(".")
-    return name in layer.get_submodule(owner)._modules
-
-
-def _present(layer: nn.Module, paths: tuple[str, ...]) -> list[str]:
-    """Those of `paths` that lead to a module or a parameter of `layer`."""
-    found = []
-    for path in paths:
-        node = layer
-        for name in path.split("."):
-            node = getattr(node, name, None)
-        if isinstance(node, (nn.Module, nn.Parameter)):
-            found.append(path)
-    return found
-
-
-def _first_present(layer, paths) -> str | None:
-    return next(iter(_present(layer, paths)), None)

@@ -6,6 +6,7 @@ needs, makes rules explicit that counted layers, and refuses what cannot be expr
 """
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ def edited_config(config: PreTrainedConfig, sources: Sequence[int]) -> PreTraine
     new = text_config(new_root)
     if list(sources) != list(range(old.num_hidden_layers)):
         _check_cache_kinds(old, sources)
+        _check_quantization(config)
         for rule in _RULES:
             rule(old, new, sources)
     _check_round_trip(new_root)
@@ -212,6 +214,18 @@ def _check_cache_kinds(old, sources):
         raise ArchitectureError(
             f"no {' or '.join(family.cache_kinds)} layer would be left in this {old.model_type} model, and generation "
             "reads the length of the text from such a layer's cache; keep at least one"
+        )
+
+
+def _check_quantization(config) -> None:
+    """Quantisation settings may name modules by their layer's number; after a cut they would mean other layers."""
+    settings = getattr(config, "quantization_config", None)
+    settings = settings.to_dict() if hasattr(settings, "to_dict") else settings
+    named = re.search(r"\b(layers|h|blocks)\.\d+\b", str(settings or ""))
+    if named:
+        raise ArchitectureError(
+            f"config.quantization_config names modules by layer number ({named.group()}); "
+            "cut the model before it is quantised"
         )
 
 

@@ -78,6 +78,7 @@ def keep_layers(model: PreTrainedModel, sources: Sequence[int]) -> None:
             _swap_configs(module, configs)
     _set_layers(model, arch.layers, chosen)
     _follow_blueprint(model, fresh, arch.layers)
+    _follow_device_map(model, arch.layers, sources)
 
 
 def shared_view(
@@ -186,6 +187,22 @@ def _follow_blueprint(model, fresh, path) -> None:
         for key, value in plain_settings(built).items():
             if key in ours and ours[key] != value and key != "name_or_path":
                 setattr(node, key, value)
+
+
+def _follow_device_map(model, path, sources) -> None:
+    """Renumber what accelerate remembers about where each layer is; saving reads it."""
+    device_map = getattr(model, "hf_device_map", None)
+    if not device_map:
+        return
+    edited = {}
+    for name, device in device_map.items():
+        index, _, rest = name.removeprefix(f"{path}.").partition(".")
+        if not name.startswith(f"{path}.") or not index.isdigit():
+            edited[name] = device
+            continue
+        for place in (place for place, source in enumerate(sources) if source == int(index)):
+            edited[".".join(filter(None, (path, str(place), rest)))] = device
+    model.hf_device_map = edited
 
 
 def _set_layers(model, path, layers) -> None:

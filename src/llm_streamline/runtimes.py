@@ -1,0 +1,57 @@
+"""Warnings about runtimes that compute a layer's kind from its number instead of reading the config's list.
+
+Transformers reads `layer_types` and its kin from the config, so any selection of layers loads there. Other runtimes
+count: "every sixth layer has full attention". A cut that breaks the period gives wrong output there, without an error.
+"""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedConfig
+
+from llm_streamline.layer_config import text_config
+
+# Recent llama.cpp takes the window of each layer from the key attention.sliding_window_pattern when a file has it as a
+# list, and counts otherwise; the step of layers without rotary positions is a constant in its source, in no key at all.
+_LLAMA_CPP = "llama.cpp and what is built on it"
+_LLAMA_CPP_SWA = f"{_LLAMA_CPP} (unless the GGUF file lists sliding_window_pattern for each layer)"
+_OLD_TRANSFORMERS = "transformers before 4.53"
+# Family -> (per-layer config key, runtimes that count instead of reading it).
+_COUNTED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "gemma2": (("layer_types", (_LLAMA_CPP_SWA, _OLD_TRANSFORMERS)),),
+    "gemma3_text": (("layer_types", (_LLAMA_CPP_SWA, _OLD_TRANSFORMERS)),),
+    "cohere2": (("layer_types", (_LLAMA_CPP_SWA, _OLD_TRANSFORMERS)),),
+    "gpt_oss": (("layer_types", (_LLAMA_CPP_SWA, "vLLM", "TensorRT-LLM")),),
+    "exaone4": (("layer_types", (_LLAMA_CPP_SWA,)),),
+    "smollm3": (("no_rope_layers", (_LLAMA_CPP,)),),
+    "llama4_text": (("no_rope_layers", (_LLAMA_CPP,)), ("moe_layers", (_LLAMA_CPP,))),
+}
+# Keys that state a pattern; without them a config class falls back to the family's own rule.
+_EXPLICIT = ("layer_types", "no_rope_layers", "moe_layers", "mlp_only_layers", "mlp_layer_types")
+
+
+def periodic_warnings(config: PreTrainedConfig) -> list[str]:
+    """One sentence for each per-layer pattern of `config` that counting runtimes will get wrong.
+
+    The pattern is compared with the one that the family's config class makes for this number of layers when it is
+    not told otherwise.
+    """
+    text = text_config(config)
+    counted = _COUNTED.get(text.model_type, ())
+    if not counted:
+        return []
+    told = text.to_dict()
+    untold = type(text).from_dict({key: value for key, value in told.items() if key not in _EXPLICIT})
+    warnings = []
+    for key, runtimes in counted:
+        ours, rule = getattr(text, key, None), getattr(untold, key, None)
+        if ours is not None and rule is not None and list(ours) != list(rule):
+            warnings.append(
+                f"{key} of this {text.model_type} is no longer periodic (first difference at layer "
+                f"{_first_difference(ours, rule)}): {', '.join(runtimes)} compute it by counting and will give "
+                "wrong output; transformers reads it from the config"
+            )
+    return warnings
+
+
+def _first_difference(left: Sequence, right: Sequence) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
