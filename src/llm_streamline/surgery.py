@@ -140,11 +140,13 @@ def _own_or_copy(layers, sources, place):
     source = sources[place]
     if source not in sources[:place]:
         return layers[source]
-    if any(parameter.is_meta for parameter in layers[source].parameters()) and hasattr(layers[source], "_hf_hook"):
+    hooked = any(hasattr(module, "_hf_hook") for module in layers[source].modules())
+    if hooked and any(parameter.is_meta for parameter in layers[source].parameters()):
         raise ArchitectureError(
             f"layer {source} is offloaded, so that it cannot be copied; load the model without offloading it"
         )
-    return copy.deepcopy(layers[source])
+    shared = [v for m in layers[source].modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
+    return copy.deepcopy(layers[source], {id(config): config for config in shared})
 
 
 class _Renumbering:
