@@ -31,7 +31,7 @@ def apply_plan(model: PreTrainedModel, plan) -> list[int]:
         N original layer indices: layer i of the edited model came from layer `result[i]`.
 
     Raises:
-        PlanError: if the plan was made for another number of layers or another hidden size.
+        PlanError: if the plan was made for another number of layers.
         ArchitectureError: if the edit is not sound for this architecture.
     """
     arch = find_arch(model)
