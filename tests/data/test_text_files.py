@@ -83,6 +83,15 @@ def test_read_whole_text_joins_documents_by_a_blank_line(tmp_path):
     assert read_whole_text(write_jsonl(tmp_path / "a.jsonl", TEXTS)) == "\n\n".join(TEXTS)
 
 
+def test_read_whole_text_stops_where_it_is_told(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    path.write_text(path.read_text() + "not json\n")
+    whole = "\n\n".join(TEXTS)
+    assert read_whole_text(path, max_characters=700) == whole[:700]
+    with pytest.raises(TextError, match="not JSON"):
+        read_whole_text(path)
+
+
 def bad_utf8(path):
     path.write_bytes(b"fine line\n" * 3 + "caf\xe9 au lait\n".encode("latin-1"))
 

@@ -107,7 +107,7 @@ def open_text(
     return FileText(spec)
 
 
-def read_whole_text(path: str | Path | TextSpec) -> str:
+def read_whole_text(path: str | Path | TextSpec, *, max_characters: int | None = None) -> str:
     """One whole text, for perplexity.
 
     A single .txt file (packed or not) is taken as it stands, every byte of it. Of anything else (.jsonl, .parquet, a
@@ -115,6 +115,7 @@ def read_whole_text(path: str | Path | TextSpec) -> str:
 
     Args:
         path: a path or a text specification.
+        max_characters: read no further than this; large data sets on the Hub have no practical end.
 
     Raises:
         TextError: if it cannot be read or holds no text.
@@ -124,10 +125,20 @@ def read_whole_text(path: str | Path | TextSpec) -> str:
     if isinstance(source, FileText) and len(source.paths) == 1 and file_kind(source.paths[0]) == "txt":
         text = whole_file(source.paths[0])
     else:
-        text = "\n\n".join(document.text for document in source.documents())
+        text = "\n\n".join(_up_to(source.documents(), max_characters))
+    text = text[:max_characters]
     if not text.strip():
         raise TextError(f"text '{spec.text}' holds nothing but white space")
     return text
+
+
+def _up_to(documents: Iterator[Document], max_characters: int | None) -> Iterator[str]:
+    num_characters = 0
+    for document in documents:
+        yield document.text
+        num_characters += len(document.text)
+        if max_characters is not None and num_characters >= max_characters:
+            return
 
 
 def text_hash(*parts: Any) -> str:
