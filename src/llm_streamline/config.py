@@ -207,6 +207,19 @@ class Recipe(FrozenModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+DEMO = {  # recipes/demo.yaml, for installations that have only the package
+    "target.layers": 6,
+    "calibration.tokens": 8_192,
+    "selection.verify_tokens": 4_096,
+    "replacement.fit_tokens": 8_192,
+    "training.tokens": 24_576,
+    "training.validation_tokens": 4_096,
+    "training.num_evals": 2,
+    "evaluation.tokens": 8_192,
+    "evaluation.limit": 64,
+}
+
+
 def load_recipe(path: str | Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe file and lay options over it.
 

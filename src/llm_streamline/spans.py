@@ -37,3 +37,14 @@ def interleave(first: Sequence[Span], second: Sequence[Span], count: int) -> lis
             if len(chosen) < count:
                 chosen.setdefault(span)
     return list(chosen)
+
+
+def runs(layers: Sequence[int]) -> list[Span]:
+    """Join ascending layer indices into spans: [3, 12, 13] -> [(3, 4), (12, 14)]."""
+    spans: list[Span] = []
+    for layer in layers:
+        if spans and spans[-1][1] == layer:
+            spans[-1] = (spans[-1][0], layer + 1)
+        else:
+            spans.append((layer, layer + 1))
+    return spans

@@ -18,7 +18,7 @@ from llm_streamline.arch import get_layers
 from llm_streamline.surgery import shared_view
 
 
-class _Reached(Exception):  # noqa: N818 - a signal, not an error
+class _Reached(Exception):
     """The last wanted boundary was reached; what lies above it need not run."""
 
 

@@ -55,6 +55,13 @@ def available_starts(replacement: Replacement, model: nn.Module) -> list[str]:
     return starts
 
 
+def quick_start(replacement: Replacement, model: nn.Module, seed: int) -> None:
+    """The start that costs nothing: a copy where the network is a layer, otherwise plain removal. To compare spans."""
+    init = replacement.edit.network.init
+    cheap = init if init in SIMPLE_STARTS else available_starts(replacement, model)[0]
+    set_start(replacement, model, cheap, seed)
+
+
 def _make_identity(replacement: Replacement) -> None:
     if isinstance(replacement, LinearReplacement):
         nn.init.eye_(replacement.mapped.map.weight)

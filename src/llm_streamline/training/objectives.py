@@ -9,9 +9,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 512  # logits are taken to float32 this many positions at a time: V is large
+from llm_streamline.measure.losses import in_chunks, token_losses
 
 
 def hidden_state_error(
@@ -50,14 +49,6 @@ def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
     return token_losses(logits, input_ids).mean()
 
 
-def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Cross-entropy of each next token: (B, T, V) logits and (B, T) ids -> (B, T - 1) nats."""
-    targets = input_ids[:, 1:].long()
-    flat = logits[:, :-1].flatten(0, 1)
-    losses = _in_chunks(_cross_entropy, flat, targets.flatten())
-    return losses.view(targets.shape)
-
-
 def divergence(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0, temperature: float = 1.0) -> Tensor:
     """Mean Kullback-Leibler divergence KL(teacher || student) of the next-token distributions, in nats.
 
@@ -70,12 +61,8 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0, t
         temperature: divides both logits.
     """
     student, teacher = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
-    divergences = _in_chunks(lambda s, t: _token_divergence(s, t, top_k, temperature), student, teacher)
+    divergences = in_chunks(lambda s, t: _token_divergence(s, t, top_k, temperature), student, teacher)
     return divergences.mean() * temperature**2
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def _token_divergence(student: Tensor, teacher: Tensor, top_k: int, temperature: float) -> Tensor:
@@ -92,14 +79,3 @@ def _with_rest(log_probabilities: Tensor) -> Tensor:
     """Append the logarithm of the probability that the listed tokens leave: (N, k) -> (N, k + 1)."""
     rest = (1 - log_probabilities.exp().sum(dim=-1, keepdim=True)).clamp_min(1e-8)
     return torch.cat([log_probabilities, rest.log()], dim=-1)
-
-
-def _in_chunks(function, logits: Tensor, other: Tensor) -> Tensor:
-    """Apply `function` to pieces of positions; the float32 copies of one piece at a time are all that is ever alive."""
-    pieces = []
-    for logits_piece, other_piece in zip(logits.split(CHUNK_TOKENS), other.split(CHUNK_TOKENS), strict=True):
-        if torch.is_grad_enabled() and logits_piece.requires_grad:
-            pieces.append(checkpoint(function, logits_piece, other_piece, use_reentrant=False))
-        else:
-            pieces.append(function(logits_piece, other_piece))
-    return torch.cat(pieces)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_streamline.config import TrainingConfig
+from llm_streamline.measure.losses import token_losses
 from llm_streamline.measure.partial import ResumedModel, run_tapped
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
@@ -83,7 +84,7 @@ class Student(nn.Module):
         states, _ = run_tapped(self._model[0], inputs, stop=self.resume_at)
         with self._arithmetic(input_ids.device):
             _, logits = self._resumed.run(inputs, states[self.resume_at])
-        return objectives.token_losses(logits, inputs["input_ids"])
+        return token_losses(logits, inputs["input_ids"])
 
     def _arithmetic(self, device: torch.device) -> AbstractContextManager:
         # float32 master weights, bfloat16 products; the frozen layers keep their own dtype either way

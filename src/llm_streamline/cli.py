@@ -1,0 +1,412 @@
+"""The command line: parse, call one library function, print. The answer goes to stdout, progress to stderr.
+
+Exit codes: 0 done; 1 the run or a check failed; 2 the input was refused. Heavy imports are inside the commands, so that
+`--help` answers at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llm_streamline import logs
+from llm_streamline import options as o
+from llm_streamline.errors import StreamlineError
+from llm_streamline.version import __version__
+
+_LOUDNESS = ("-q", "--quiet", "-v", "-vv", "--verbose")
+app = typer.Typer(
+    help=(
+        "Make a large language model smaller: remove the layers it does not need, train a lightweight network in their "
+        "place, prove that the result loads and generates, and say what was lost."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"llm-streamline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
+    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="More; twice for everything.")] = 0,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    logs.set_verbosity(-1 if quiet else verbose)
+
+
+@app.command()
+def compress(
+    model: o.ModelArg,
+    out: o.OutOption,
+    layers: o.LayersOption = None,
+    sparsity: o.SparsityOption = None,
+    params: o.ParamsOption = None,
+    count: o.CountOption = None,
+    span: o.SpanOption = None,
+    method: o.MethodOption = None,
+    verify: o.VerifyOption = None,
+    text: o.TextOption = None,
+    calibration_tokens: o.CalibrationOption = None,
+    train_tokens: o.TrainTokensOption = None,
+    seq_len: o.SeqLenOption = None,
+    replacement: o.ReplacementOption = None,
+    objective: o.ObjectiveOption = None,
+    recipe: o.RecipeOption = None,
+    seed: o.SeedOption = None,
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    fresh: o.FreshOption = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Do everything: measure, decide, remove, train, save, prove, evaluate, report."""
+    given = {k: v for k, v in locals().items() if k in o.RECIPE_OPTIONS}
+    from llm_streamline.config import load_recipe
+
+    wanted = load_recipe(recipe, o.overrides(**given))
+    from llm_streamline.pipeline import compress as run
+
+    outcome = run(model, out, wanted, fresh=fresh, recipe_name=str(recipe) if recipe else None)
+    _show_outcome(outcome, as_json)
+
+
+@app.command()
+def analyze(
+    model: o.ModelArg,
+    out: o.OutOption,
+    text: o.TextOption = None,
+    calibration_tokens: o.CalibrationOption = None,
+    seq_len: o.SeqLenOption = None,
+    recipe: o.RecipeOption = None,
+    seed: o.SeedOption = None,
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    fresh: o.FreshOption = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Measure the similarity of every span of layers in one pass; write statistics and a heat map."""
+    given = {k: v for k, v in locals().items() if k in o.RECIPE_OPTIONS}
+    from llm_streamline.config import load_recipe
+
+    wanted = load_recipe(recipe, o.overrides(**given))
+    from llm_streamline.pipeline import analyze as run
+
+    statistics = run(model, out, wanted, fresh=fresh)
+    info, num_layers = statistics.info, statistics.info.model.num_layers
+    answer = {
+        "out": str(out),
+        "num_layers": num_layers,
+        "num_tokens": info.num_tokens,
+        "num_spans": num_layers * (num_layers + 1) // 2,
+        "seconds": info.seconds,
+        "massive_activation_layers": statistics.massive_layers,
+        "similarity": [[round(v, 8) for v in row] for row in statistics.similarity.tolist()],
+    }
+    if as_json:
+        _print_json(answer)
+        return
+    print(f"{answer['num_spans']} spans of {num_layers} layers over {info.num_tokens:,} tokens in {info.seconds:.1f} s")
+    if statistics.massive_layers:
+        print(f"massive activation at the first token made by layer(s) {statistics.massive_layers}")
+    print(f"statistics and heat map: {Path(out) / 'streamline'}")
+
+
+@app.command()
+def plan(
+    model: o.ModelArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Plan file to write.")] = Path("plan.json"),
+    stats: Annotated[Path | None, typer.Option("--stats", help="Folder of an earlier `analyze`.")] = None,
+    layers: o.LayersOption = None,
+    sparsity: o.SparsityOption = None,
+    params: o.ParamsOption = None,
+    count: o.CountOption = None,
+    span: o.SpanOption = None,
+    method: o.MethodOption = None,
+    verify: o.VerifyOption = None,
+    text: o.TextOption = None,
+    calibration_tokens: o.CalibrationOption = None,
+    train_tokens: o.TrainTokensOption = None,
+    seq_len: o.SeqLenOption = None,
+    replacement: o.ReplacementOption = None,
+    objective: o.ObjectiveOption = None,
+    recipe: o.RecipeOption = None,
+    seed: o.SeedOption = None,
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Decide what to remove and write plan.json; the model is not changed. This is the dry run."""
+    given = {k: v for k, v in locals().items() if k in o.RECIPE_OPTIONS}
+    from llm_streamline.config import load_recipe
+
+    wanted = load_recipe(recipe, o.overrides(**given))
+    from llm_streamline.pipeline import make_plan
+
+    made, preview = make_plan(model, wanted, stats=stats, out=out)
+    if as_json:
+        _print_json({"out": str(out), "plan": made.model_dump(mode="json"), "preview": vars(preview)})
+        return
+    _show_plan(made, preview)
+    print(f"plan: {out}")
+
+
+@app.command()
+def apply(
+    plan: o.PlanArg,
+    model: o.ModelArg,
+    out: o.OutOption,
+    recipe: o.RecipeOption = None,
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    fresh: o.FreshOption = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Edit the model as a plan says, train nothing, save and prove the checkpoint."""
+    from llm_streamline.config import load_recipe
+
+    wanted = load_recipe(recipe, o.overrides(device=device, dtype=dtype))
+    from llm_streamline.pipeline import apply_plan
+
+    _show_outcome(apply_plan(plan, model, out, wanted, fresh=fresh), as_json)
+
+
+@app.command()
+def train(
+    plan: o.PlanArg,
+    model: o.ModelArg,
+    out: o.OutOption,
+    text: o.TextOption = None,
+    train_tokens: o.TrainTokensOption = None,
+    seq_len: o.SeqLenOption = None,
+    objective: o.ObjectiveOption = None,
+    recipe: o.RecipeOption = None,
+    seed: o.SeedOption = None,
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    fresh: o.FreshOption = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Train the networks of a plan, put them into the model, save and prove the checkpoint."""
+    given = {k: v for k, v in locals().items() if k in o.RECIPE_OPTIONS}
+    from llm_streamline.config import load_recipe
+
+    wanted = load_recipe(recipe, o.overrides(**given))
+    from llm_streamline.pipeline import train_replacement
+
+    _show_outcome(train_replacement(plan, model, out, wanted, fresh=fresh), as_json)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Models to measure.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Results file to write.")] = Path("results.json"),
+    against: Annotated[str | None, typer.Option("--against", help="The original to compare with.")] = None,
+    perplexity: Annotated[list[str] | None, typer.Option("--perplexity", help="Text; may be repeated.")] = None,
+    context: Annotated[int | None, typer.Option("--context", help="Tokens in a window of perplexity.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Tokens of each text at most.")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", help="Multiple-choice file, `continuation:TEXT`, or an lm-eval name; may be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Items of each task at most.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", help="Worked examples before a question.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences run at once.")] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure prefill and decode in turns.")] = True,
+    generation: Annotated[bool, typer.Option("--generation/--no-generation", help="Let the models write.")] = True,
+    gate: Annotated[bool, typer.Option("--gate", help="Exit code 1 when the generation check fails.")] = False,
+    seed: o.SeedOption = None,
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Measure perplexity, tasks, stability, generation, speed and size of models, alone or against an original."""
+    from llm_streamline.evaluation.config import EvaluationConfig
+    from llm_streamline.schema import parse
+
+    given = {
+        "perplexity": perplexity or None,
+        "context": context,
+        "tokens": tokens,
+        "tasks": tasks or None,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+        "speed": speed,
+        "generation": generation,
+        "gate": gate,
+        "seed": seed,
+    }
+    config = parse(EvaluationConfig, {k: v for k, v in given.items() if v is not None}, "options")
+    from llm_streamline.pipeline import evaluate as run
+
+    results = run(models, config, against=against, out=out, dtype=dtype or "auto", device=device or "auto")
+    if as_json:
+        _print_json(results.model_dump(mode="json"))
+    else:
+        _show_results(results)
+        print(f"results: {out}")
+    if gate and any(c.generation is not None and not c.generation.ok for c in results.comparisons):
+        raise typer.Exit(1)
+
+
+@app.command()
+def stability(
+    original: Annotated[Path, typer.Argument(help="Per-item logs of the original: file or folder.")],
+    model: Annotated[Path, typer.Argument(help="Per-item logs of the other model.")],
+    metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm, the rule that chooses answers.")] = "acc",
+    seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 0,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Stability of answers between two models, from their logs: ours, lm-eval's --log_samples, or OpenCompass's."""
+    from llm_streamline.evaluation.stability import stability as run
+
+    comparison = run(original, model, metric=metric, seed=seed)
+    if as_json:
+        _print_json(comparison.model_dump(mode="json"))
+        return
+    from llm_streamline.report.tables import stability_table
+
+    _console().print(stability_table(comparison))
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]) -> None:
+    """Write the report page and the model card again, from the files of a run."""
+    from llm_streamline.report.html import write_report
+
+    print(write_report(out))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or results files.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write (.html).")] = None,
+) -> None:
+    """Many runs in one table and one page: differences of settings, then quality against size and speed."""
+    from llm_streamline.report.compare import write_comparison
+    from llm_streamline.report.run import load_run
+    from llm_streamline.report.tables import comparison_tables
+
+    for table in comparison_tables([load_run(run) for run in runs]):
+        _console().print(table)
+    if out:
+        print(write_comparison(runs, out))
+
+
+@app.command()
+def methods(as_json: o.JsonOption = False) -> None:
+    """List the methods of choosing layers, with their papers."""
+    from llm_streamline.methods.registry import find_method, method_names
+
+    found = [find_method(name) for name in method_names()]
+    if as_json:
+        _print_json([{"name": m.name, "paper": m.paper, "summary": m.summary} for m in found])
+        return
+    for one in found:
+        print(f"{one.name:12} {one.paper:18} {one.summary}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("demo-out"),
+    recipe: o.RecipeOption = None,
+    fresh: o.FreshOption = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Compress the demo model (SmolLM2-135M-Instruct, offline) with a small budget and show what came out."""
+    from llm_streamline.config import DEMO, load_recipe
+
+    wanted = load_recipe(recipe, None if recipe else DEMO)
+    from llm_streamline.pipeline import compress as run
+
+    _show_outcome(run("demo", out, wanted, fresh=fresh), as_json)
+
+
+# --- showing answers
+
+
+def _print_json(answer: Any) -> None:
+    print(json.dumps(answer))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _show_plan(plan: Any, preview: Any) -> None:
+    from llm_streamline.report.tables import candidates_table, plan_table
+
+    console = _console()
+    console.print(plan_table(plan, preview))
+    if plan.selection:
+        console.print(f"target: {plan.selection.target} ({plan.selection.convention})", markup=False)
+        for note in plan.selection.notes:
+            console.print(f"note: {note}", markup=False)
+    candidates = candidates_table(plan)
+    if candidates is not None:
+        console.print(candidates)
+
+
+def _show_results(results: Any) -> None:
+    from llm_streamline.report.tables import before_after_table, verdict_table
+
+    console = _console()
+    for table in before_after_table(results):
+        console.print(table)
+    verdict = verdict_table(results)
+    if verdict is not None:
+        console.print(verdict)
+
+
+def _show_outcome(outcome: Any, as_json: bool) -> None:
+    if as_json:
+        answer = {
+            "out": str(outcome.out),
+            "plan": outcome.plan.model_dump(mode="json"),
+            "preview": vars(outcome.preview),
+            "proof": outcome.proof.model_dump(mode="json") if outcome.proof else None,
+            "results": outcome.results.model_dump(mode="json") if outcome.results else None,
+            "report": str(outcome.report) if outcome.report else None,
+        }
+        _print_json(answer)
+        return
+    console = _console()
+    if outcome.results:
+        from llm_streamline.report.tables import generation_table
+
+        _show_results(outcome.results)
+        console.print(generation_table(outcome.results))
+    else:
+        _show_plan(outcome.plan, outcome.preview)
+    print(f"checkpoint: {outcome.out}")
+    if outcome.report:
+        print(f"report:     {outcome.report}")
+
+
+def main() -> None:
+    """Entry point: one sentence for what the user can mend, a traceback only for our own mistakes."""
+    loudness = [word for word in sys.argv[1:] if word in _LOUDNESS]
+    others = [word for word in sys.argv[1:] if word not in _LOUDNESS]
+    try:
+        app(args=[*loudness, *others], standalone_mode=True)  # -q and -v are understood wherever they stand
+    except StreamlineError as problem:
+        print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

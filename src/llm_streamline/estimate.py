@@ -1,0 +1,114 @@
+"""What a plan will give and cost, before anything is done: sizes, speed-up, and training's tokens, FLOPs, time, memory.
+
+Costs are counted in layers: one decoder layer's forward over one token is the unit, the head is as many units as it has
+parameters of a layer, a backward through frozen weights costs one forward, through trained weights two. Time is that
+count by the measured time of a layer on this machine.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llm_streamline.arch import get_layers
+from llm_streamline.config import TrainingConfig
+from llm_streamline.evaluation.result import SizeResult
+from llm_streamline.plan import Network, Plan, Replace
+from llm_streamline.report.tables import Preview
+
+_SAVED_PER_LAYER = 16  # activations that a backward keeps for one token in one layer, in units of the hidden size
+_ADAM_COPIES = 4  # float32 weights, gradients and Adam's two moments
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Cost of training the replacement."""
+
+    flops: float
+    seconds: float
+    peak_memory_bytes: int
+
+
+def preview_plan(
+    model: nn.Module,
+    size: SizeResult,
+    plan: Plan,
+    training: TrainingConfig,
+    seq_len: int,
+    layer_seconds_per_token: float,
+) -> Preview:
+    """Estimate what `plan` gives and costs.
+
+    Args:
+        model: the original.
+        size: its measured size.
+        plan: what would be done.
+        training: budget and objective.
+        seq_len: tokens in a training window.
+        layer_seconds_per_token: measured time of one layer's forward over one token.
+    """
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in get_layers(model)]
+    kept = sum(layers[i] for i in plan.layer_sources())
+    after = size.parameters - sum(layers) + kept
+    cache_share = plan.num_layers_after / plan.model.num_layers
+    # the input embedding is looked up, not multiplied; a tied one is the head as well
+    head = model.get_output_embeddings().weight.numel()
+    multiplied = [sum(layers) + head, kept + head]
+    speedup = multiplied[0] / multiplied[1]
+    cost = None
+    if training.tokens and any(isinstance(edit, Replace) for edit in plan.edits):
+        cost = _training_cost(model, size, plan, training, seq_len, layer_seconds_per_token)
+    return Preview(
+        parameters=(size.parameters, after),
+        weight_bytes=(size.weight_bytes, round(size.weight_bytes * after / size.parameters)),
+        kv_bytes_per_token=(size.kv_bytes_per_token, round(size.kv_bytes_per_token * cache_share)),
+        prefill_speedup=speedup,  # by arithmetic
+        decode_speedup=speedup,  # by weights read for one token: the same count
+        train_tokens=training.tokens if cost else None,
+        train_flops=cost.flops if cost else None,
+        train_seconds=cost.seconds if cost else None,
+        peak_memory_bytes=cost.peak_memory_bytes if cost else None,
+    )
+
+
+def _training_cost(
+    model: nn.Module,
+    size: SizeResult,
+    plan: Plan,
+    training: TrainingConfig,
+    seq_len: int,
+    layer_seconds: float,
+) -> TrainingCost:
+    num_layers, layer_parameters = plan.model.num_layers, size.layer_parameters / plan.model.num_layers
+    head = model.get_output_embeddings().weight.numel() / layer_parameters
+    edits = [edit for edit in plan.edits if isinstance(edit, Replace)]
+    start, last_stop = min(edit.start for edit in edits), max(edit.stop for edit in edits)
+    trained = sum(_trained_layers(edit.network) for edit in edits)
+    above = plan.num_layers_after - (min(plan.position_of(edit) for edit in edits)) - trained
+    needs_logits = bool({"lm", "kl"} & training.objective.keys())
+    teacher = num_layers + head if "kl" in training.objective else last_stop if "mse" in training.objective else start
+    forward = trained + (above + head if needs_logits else 0)
+    backward = 2 * trained + (above + head if needs_logits else 0)
+    per_token = teacher + forward + backward
+    validations = training.num_evals + 1
+    validation_tokens = validations * training.validation_tokens
+    per_validation_token = teacher + forward + start + trained + above + head
+    units = training.tokens * per_token + validation_tokens * per_validation_token
+    parameters = round(trained * layer_parameters)
+    batch_tokens = training.per_device_train_batch_size * seq_len
+    element = torch.finfo(model.dtype).bits // 8
+    width, vocabulary = plan.model.hidden_size, model.get_output_embeddings().weight.shape[0]
+    saved_layers = trained + (above if needs_logits else 0)
+    activations = batch_tokens * width * element * _SAVED_PER_LAYER * max(saved_layers, 1)
+    logits = batch_tokens * vocabulary * element * 3 if needs_logits else 0  # teacher's, student's, their gradient
+    memory = size.weight_bytes + parameters * 4 * (_ADAM_COPIES + 1) + activations + logits
+    return TrainingCost(
+        flops=2 * layer_parameters * units,
+        seconds=units * layer_seconds,
+        peak_memory_bytes=round(memory),
+    )
+
+
+def _trained_layers(network: Network) -> float:
+    # a linear map is d x d: small beside a layer, but its backward runs
+    return network.count if network.kind != "linear" else 0.1

@@ -1,0 +1,68 @@
+"""Finding methods: one file per paper, named like the method. Beyond that file nothing has to be touched.
+
+A method is a function (probe, config) -> Plan. It never loads data, moves the model, edits it or saves.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from llm_streamline import methods
+from llm_streamline.errors import MethodNotFoundError
+from llm_streamline.measure.probe import Probe
+from llm_streamline.plan import Network, Plan
+from llm_streamline.schema import FrozenModel, did_you_mean
+
+_NOT_METHODS = {"registry"}
+
+
+class MethodConfig(FrozenModel):
+    """What every method is told. Subclasses add the method's own options."""
+
+    num_removed: PositiveInt = Field(description="layers that leave the model")
+    network: Network | None = Field(None, description="what is put in their place; None: nothing")
+    verify: NonNegativeInt = Field(5, description="candidates tried by held-out LM loss; 0 trusts the score alone")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and what is known of it."""
+
+    name: str
+    paper: str
+    summary: str
+    config: type[MethodConfig]
+    run: Callable[[Probe, MethodConfig], Plan]
+
+
+def method(*, paper: str, config: type[MethodConfig]) -> Callable:
+    """Mark a function as the method of its file."""
+
+    def mark(function: Callable[[Probe, MethodConfig], Plan]) -> Callable[[Probe, MethodConfig], Plan]:
+        name = function.__module__.rpartition(".")[2]
+        summary = (function.__doc__ or "").strip().splitlines()[0]
+        function.method = Method(name, paper, summary, config, function)
+        return function
+
+    return mark
+
+
+def method_names() -> list[str]:
+    """Names of all methods, without importing them."""
+    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name not in _NOT_METHODS)
+
+
+def find_method(name: str) -> Method:
+    """Import one method.
+
+    Raises:
+        MethodNotFoundError: if there is none of that name; the message names the nearest.
+    """
+    known = method_names()
+    if name not in known:
+        raise MethodNotFoundError(f"no method '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+    module = importlib.import_module(f"llm_streamline.methods.{name}")
+    return getattr(module, name).method

@@ -1,0 +1,101 @@
+"""The command line's options, named once: each is also a recipe key. No torch, no model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ModelArg = Annotated[
+    str, typer.Argument(help="Hugging Face folder, Hub id, .gguf file, or `demo`.", show_default=False)
+]
+PlanArg = Annotated[Path, typer.Argument(help="Plan file, from `llm-streamline plan`.", show_default=False)]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output folder.", show_default=False)]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; the options below lie over it.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on where a run stopped.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The answer as one JSON object on stdout.")]
+
+_TARGET, _TEXT, _NETWORK, _RUN = "How much smaller (one of)", "Text", "What is put in their place", "Run"
+LayersOption = Annotated[
+    int | None, typer.Option("--layers", help="Layers fewer in the result (net).", rich_help_panel=_TARGET)
+]
+SparsityOption = Annotated[
+    float | None, typer.Option("--sparsity", help="Share of all parameters to lose.", rich_help_panel=_TARGET)
+]
+ParamsOption = Annotated[
+    str | None, typer.Option("--params", help="Parameters at most, as in 5.4B.", rich_help_panel=_TARGET)
+]
+CountOption = Annotated[
+    str | None,
+    typer.Option(
+        "--count",
+        help="net: the result has --layers fewer; removed: exactly --layers leave, the network comes on top.",
+        rich_help_panel=_TARGET,
+    ),
+]
+SpanOption = Annotated[
+    str | None, typer.Option("--span", help="Remove [A, B) and search nothing.", metavar="A:B", rich_help_panel=_TARGET)
+]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="See `llm-streamline methods`.", rich_help_panel=_TARGET)
+]
+VerifyOption = Annotated[
+    int | None,
+    typer.Option("--verify", help="Candidates tried by held-out loss; 0: none.", metavar="K", rich_help_panel=_TARGET),
+]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="Path, glob, hub:NAME, builtin or self; as \\[WEIGHT*]SOURCE\\[#FIELD]; may be repeated.",
+        metavar="SPEC",
+        rich_help_panel=_TEXT,
+    ),
+]
+CalibrationOption = Annotated[
+    str | None, typer.Option("--calibration-tokens", help="Tokens to measure on.", rich_help_panel=_TEXT)
+]
+TrainTokensOption = Annotated[
+    str | None, typer.Option("--train-tokens", help="Tokens to train on; 0: no training.", rich_help_panel=_TEXT)
+]
+SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens in a window.", rich_help_panel=_TEXT)]
+ReplacementOption = Annotated[
+    str | None,
+    typer.Option("--replacement", help="none, layer, ffn, swiglu or linear.", rich_help_panel=_NETWORK),
+]
+ObjectiveOption = Annotated[
+    str | None,
+    typer.Option("--objective", help="mse, lm, kl, or a sum as in kl=1,mse=0.1.", rich_help_panel=_NETWORK),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", rich_help_panel=_RUN)]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_RUN)
+]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_RUN)
+]
+
+_KEYS = {
+    "layers": "target.layers",
+    "sparsity": "target.sparsity",
+    "params": "target.params",
+    "count": "target.count",
+    "span": "selection.span",
+    "method": "selection.method",
+    "verify": "selection.verify",
+    "text": "text.sources",
+    "seq_len": "text.seq_len",
+    "calibration_tokens": "calibration.tokens",
+    "train_tokens": "training.tokens",
+    "replacement": "replacement.kind",
+    "objective": "training.objective",
+    "seed": "seed",
+    "device": "device",
+    "dtype": "dtype",
+}
+
+RECIPE_OPTIONS = frozenset(_KEYS)
+
+
+def overrides(**options: Any) -> dict[str, Any]:
+    """Option values by their recipe key; options that were not given are left out."""
+    return {_KEYS[name]: value for name, value in options.items() if value is not None and value != []}

@@ -1,0 +1,297 @@
+"""The stages of a run. Each reads files of the run's folder, writes files of its own, and is skipped when it is done.
+
+A stage that finished leaves its key (everything its result depends on) in `stages.json`; the same key again means that
+its files are good as they are. So a killed run goes on where it was, and a changed recipe redoes only what it changes.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from llm_streamline.arch import check_architecture, get_layers
+from llm_streamline.config import Recipe
+from llm_streamline.data.prepare import WindowNeed, prepare_windows
+from llm_streamline.data.windows import Windows, check_disjoint
+from llm_streamline.errors import ConfigError, PlanError
+from llm_streamline.logs import get_logger
+from llm_streamline.measure.files import Statistics, StatsInfo
+from llm_streamline.measure.partial import run_tapped
+from llm_streamline.measure.probe import Probe
+from llm_streamline.measure.stats import CosineStats
+from llm_streamline.measure.stream import observe
+from llm_streamline.methods.registry import MethodConfig, find_method
+from llm_streamline.methods.streamline import span_plan
+from llm_streamline.output import write_bytes, write_json, write_text
+from llm_streamline.plan import ModelFacts, Plan, Selection
+from llm_streamline.replacements.base import Replacement
+from llm_streamline.replacements.build import build_replacements
+from llm_streamline.replacements.starts import quick_start
+from llm_streamline.runtime import peak_memory, reset_peak_memory, seed_everything, versions
+from llm_streamline.schema import parse
+from llm_streamline.sizing import decide_size
+from llm_streamline.sources import LoadedModel, ModelSource, load_config, load_model
+from llm_streamline.training.begin import StartSettings, begin
+from llm_streamline.training.student import Student
+from llm_streamline.training.trainer import train_student
+from llm_streamline.version import __version__
+
+log = get_logger()
+
+
+class Ledger:
+    """Which stages of a folder are done, and for what."""
+
+    def __init__(self, folder: Path):
+        self._path = folder / "stages.json"
+        try:
+            self._done: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._done = {}
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether `stage` was finished for exactly this key."""
+        return self._done.get(stage, {}).get("key") == key
+
+    @contextmanager
+    def running(self, stage: str, key: str) -> Iterator[None]:
+        """Record the stage as done, with its time, if the block ends well."""
+        started = time.perf_counter()
+        yield
+        self._done[stage] = {"key": key, "seconds": round(time.perf_counter() - started, 2)}
+        write_json(self._path, self._done)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of each stage when it last ran."""
+        return {stage: entry["seconds"] for stage, entry in self._done.items()}
+
+
+def key_of(*parts: Any) -> str:
+    """sha256 over plain data: equal when everything a stage depends on is equal."""
+    text = json.dumps([__version__, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_early(source: ModelSource, recipe: Recipe) -> None:
+    """Refuse, from the model's configuration alone, what would fail after hours.
+
+    Raises:
+        ArchitectureError: if the family is not edited.
+        ConfigError: if a window is longer than the model's positions, or the method is unknown.
+        PlanError: if the target or the span does not fit the number of layers.
+    """
+    config = load_config(source)
+    check_architecture(config)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and recipe.text.seq_len > positions:
+        raise ConfigError(
+            f"windows of {recipe.text.seq_len} tokens are longer than the model's {positions} positions; "
+            f"use --seq-len {positions} or less"
+        )
+    find_method(recipe.selection.method)
+    num_layers, span = text.num_hidden_layers, recipe.selection.span
+    if span and span[1] > num_layers:
+        raise PlanError(
+            f"the span {span[0]}:{span[1]} runs past the last layer (the model has layers 0-{num_layers - 1})"
+        )
+    if recipe.target.layers is not None and not span:
+        decide_size(recipe.target, recipe.replacement.network(), [1] * num_layers, num_layers)
+
+
+def model_facts(loaded: LoadedModel) -> ModelFacts:
+    """What a plan keeps of the model."""
+    text = loaded.model.config.get_text_config()
+    return ModelFacts(
+        spec=loaded.source.spec,
+        fingerprint=loaded.source.fingerprint,
+        model_type=text.model_type,
+        num_layers=len(get_layers(loaded.model)),
+        hidden_size=text.hidden_size,
+        num_parameters=sum(p.numel() for p in loaded.model.parameters()),
+    )
+
+
+def make_windows(
+    loaded: LoadedModel, recipe: Recipe, roles: tuple[str, ...], folder: Path | None
+) -> dict[str, Windows]:
+    """Make the windows of some roles; kept in `folder` and used again when nothing they depend on has changed."""
+    seq_len = recipe.text.seq_len
+    budgets = {
+        "calibration": recipe.calibration.tokens,
+        "train": max(recipe.training.tokens, recipe.replacement.fit_tokens),
+        "validation": max(recipe.training.validation_tokens, recipe.selection.verify_tokens),
+        "evaluation": recipe.evaluation.tokens or 16_384,
+    }
+    needs = {role: WindowNeed(max(budgets[role], seq_len), seq_len) for role in roles}
+    windows = prepare_windows(
+        recipe.text.sources, loaded.tokenizer, needs, seed=recipe.seed, folder=folder, model=loaded.model
+    )
+    names = list(windows)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            check_disjoint(windows[first], windows[second])
+    for role, found in windows.items():
+        log.info("%s text: %s tokens in %d windows", role, f"{found.num_tokens:,}", len(found))
+    return windows
+
+
+def measure(loaded: LoadedModel, calibration: Windows, recipe: Recipe) -> Statistics:
+    """One pass over the calibration windows.
+
+    Raises:
+        NumericsError: if a layer's output is not finite; the message names the layer.
+    """
+    facts = model_facts(loaded)
+    sums = CosineStats(facts.num_layers)
+    reset_peak_memory()
+    seconds = observe(loaded.model, calibration, sums, recipe.calibration.batch_tokens, "measuring similarities")
+    sums.require_data()
+    info = StatsInfo(
+        model=facts,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        num_tokens=sums.num_tokens,
+        count_first=sums.count_first,
+        count_rest=sums.count_rest,
+        num_windows=len(calibration),
+        seq_len=calibration.seq_len,
+        batch_tokens=recipe.calibration.batch_tokens,
+        seconds=round(seconds, 3),
+        layer_seconds_per_token=seconds / (sums.num_tokens * facts.num_layers),
+        peak_memory_bytes=max(peak_memory().host_bytes, peak_memory().device_bytes),
+        machine=versions(),
+        text=dict(calibration.provenance),
+    )
+    return Statistics(sums, info)
+
+
+def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, windows: dict[str, Windows]) -> Plan:
+    """Choose the edits: by the method, or the span given by hand.
+
+    Args:
+        loaded: the original.
+        recipe: target, selection, replacement.
+        statistics: of the calibration pass; None has the pass made when the method asks for it.
+        windows: calibration, train and validation.
+
+    Raises:
+        PlanError: if the target does not fit the model.
+    """
+    facts, network = model_facts(loaded), recipe.replacement.network()
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in get_layers(loaded.model)]
+    measured = [statistics] if statistics else []
+
+    def get_statistics() -> Statistics:
+        if not measured:
+            measured.append(measure(loaded, windows["calibration"], recipe))
+        return measured[0]
+
+    probe = Probe(
+        model=loaded.model,
+        facts=facts,
+        statistics=get_statistics,
+        validation=_first(windows["validation"], recipe.selection.verify_tokens),
+        start=lambda plan: untrained(loaded, plan, recipe.seed),
+        batch_tokens=recipe.calibration.batch_tokens,
+        seed=recipe.seed,
+    )
+    if recipe.selection.span:
+        return _span_by_hand(probe, recipe, facts)
+    size = decide_size(recipe.target, network, sizes, facts.num_parameters)
+    found = find_method(recipe.selection.method)
+    options = {"num_removed": size.num_removed, "network": network, "verify": recipe.selection.verify}
+    config = parse(found.config, {**options, **recipe.selection.options}, f"options of method {found.name}")
+    plan = found.run(probe, config)
+    selection = plan.selection or Selection(method=found.name, target="", convention="")
+    selection = selection.model_copy(update={"target": size.target, "convention": size.convention})
+    return plan.model_copy(update={"selection": selection})
+
+
+def _span_by_hand(probe: Probe, recipe: Recipe, facts: ModelFacts) -> Plan:
+    span, network = recipe.selection.span, recipe.replacement.network()
+    removed, added = span[1] - span[0], network.num_layers_added if network else 0
+    if span[1] > facts.num_layers or removed - added < 1 or facts.num_layers - removed + added < 1:
+        raise PlanError(
+            f"the span {span[0]}:{span[1]} with {added} layer(s) put back does not make a smaller model of "
+            f"{facts.num_layers} layers (0-{facts.num_layers - 1})"
+        )
+    plan = span_plan(probe, MethodConfig(num_removed=removed, network=network), span)
+    convention = f"{removed} layers leave, {added} come back, {facts.num_layers - removed + added} remain"
+    selection = Selection(method="by hand", target=f"the span {span[0]}:{span[1]}", convention=convention, chosen=span)
+    return plan.model_copy(update={"selection": selection})
+
+
+def _first(windows: Windows, num_tokens: int) -> Windows:
+    return Windows(input_ids=windows.input_ids[: max(1, num_tokens // windows.seq_len)])
+
+
+def train(
+    loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Windows], folder: Path
+) -> tuple[list[Replacement], dict[str, Any] | None]:
+    """Start and train the plan's networks; what was done already is taken from `folder`.
+
+    Returns:
+        The networks, trained, and the log (None when nothing was trained).
+    """
+    seed_everything(recipe.seed)
+    settings = StartSettings.of(recipe.replacement, recipe.calibration.batch_tokens, recipe.seed)
+    start_file = folder / "start.safetensors"
+    if start_file.is_file():
+        replacements = build_replacements(loaded.model, plan)
+        torch.nn.ModuleList(replacements).load_state_dict(load_file(start_file))
+        trials = json.loads((folder / "start.json").read_text(encoding="utf-8"))
+    else:
+        replacements, trials = begin(loaded.model, plan, windows["train"], windows["validation"], settings)
+        write_json(folder / "start.json", trials)
+        write_bytes(start_file, save(torch.nn.ModuleList(replacements).state_dict()))
+    if not replacements:
+        return replacements, None
+    student = Student(loaded.model, plan, replacements, recipe.training)
+    history: dict[str, Any] = {"starts": trials}
+    if recipe.training.tokens:
+        history |= train_student(
+            student, recipe.training, windows["train"], windows["validation"], folder / "checkpoints", recipe.seed
+        )
+    return replacements, history
+
+
+def untrained(loaded: LoadedModel, plan: Plan, seed: int) -> list[Replacement]:
+    """The plan's networks at a start that needs no text."""
+    replacements = build_replacements(loaded.model, plan)
+    for replacement in replacements:
+        quick_start(replacement, loaded.model, seed)
+    return replacements
+
+
+@torch.inference_mode()
+def time_layers(loaded: LoadedModel, recipe: Recipe) -> float:
+    """Seconds that one layer's forward takes for one token here: the faster of two passes over one window."""
+    length = min(recipe.text.seq_len, 512)
+    ids = torch.zeros(1, length, dtype=torch.long, device=loaded.device)
+    num_layers, times = len(get_layers(loaded.model)), []
+    for _ in range(2):
+        started = time.perf_counter()
+        states, _ = run_tapped(loaded.model, {"input_ids": ids}, stop=num_layers)
+        float(states[num_layers].flatten()[0])  # waits for an accelerator
+        times.append(time.perf_counter() - started)
+    return min(times) / (length * num_layers)
+
+
+def load_original(source: ModelSource, recipe: Recipe) -> LoadedModel:
+    """Load the model as the recipe says, with all generators seeded."""
+    seed_everything(recipe.seed)
+    log.info("loading %s", source.spec)
+    return load_model(source, recipe.dtype, recipe.device)
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe with every default."""
+    write_text(folder / "recipe.yaml", recipe.to_yaml())

@@ -1,0 +1,141 @@
+"""Where training begins: the start that the plan names, or the best of all starts on held-out text."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llm_streamline.config import ReplacementConfig, TrainingConfig
+from llm_streamline.data.windows import Windows
+from llm_streamline.errors import ArchitectureError
+from llm_streamline.logs import get_logger
+from llm_streamline.plan import Plan
+from llm_streamline.replacements.base import Replacement
+from llm_streamline.replacements.build import build_replacements
+from llm_streamline.replacements.closed_form import solve_output_projection
+from llm_streamline.replacements.starts import available_starts, set_start
+from llm_streamline.training.student import Student
+
+_TRIAL_TOKENS = 4_096  # validation tokens that `best` compares starts on
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    """What a start needs beside the plan."""
+
+    ridge: float
+    fit_tokens: int
+    batch_tokens: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: ReplacementConfig, batch_tokens: int, seed: int) -> "StartSettings":
+        """Read the settings off a recipe."""
+        return cls(config.ridge, config.fit_tokens, batch_tokens, seed)
+
+
+def begin(
+    model: nn.Module, plan: Plan, windows: Windows, validation: Windows, settings: StartSettings
+) -> tuple[list[Replacement], dict[str, float]]:
+    """Build the plan's networks and give them their start.
+
+    Args:
+        model: the original.
+        plan: with at least one Replace.
+        windows: training windows; a closed form is solved on the first of them.
+        validation: held-out windows, for `best`.
+        settings: ridge, budget, seed.
+
+    Returns:
+        The networks, and what `best` found: start -> LM loss on held-out text (empty for any other init).
+
+    Raises:
+        ArchitectureError: if the start named by the plan does not exist for this network and model.
+    """
+    replacements = build_replacements(model, plan)
+    trials: dict[str, float] = {}
+    for index, replacement in enumerate(replacements):
+        init = replacement.edit.network.init
+        if init == "best":
+            found = _best(model, plan, replacements, index, windows, validation, settings)
+            trials.update(found if len(replacements) == 1 else {f"{index}: {k}": v for k, v in found.items()})
+        elif init == "closed_form":
+            _base_for_closed_form(replacement, model, settings.seed)
+            _solve(model, plan, replacements, index, windows, settings)
+        else:
+            set_start(replacement, model, init, settings.seed)
+    return replacements, trials
+
+
+def _best(
+    model: nn.Module,
+    plan: Plan,
+    replacements: list[Replacement],
+    index: int,
+    windows: Windows,
+    validation: Windows,
+    settings: StartSettings,
+) -> dict[str, float]:
+    """Try every start, keep the one with the lowest held-out LM loss in place, and return all losses."""
+    replacement = replacements[index]
+    losses: dict[str, float] = {}
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    fresh = copy.deepcopy(replacement.state_dict())
+
+    def judge(name: str) -> None:
+        losses[name] = _heldout_loss(model, plan, replacements, validation, settings)
+        states[name] = copy.deepcopy(replacement.state_dict())
+        log.info("start %s: held-out LM loss %.4f", name, losses[name])
+
+    for name in available_starts(replacement, model):
+        replacement.load_state_dict(fresh)
+        set_start(replacement, model, name, settings.seed)
+        judge(name)
+    copies = [name for name in losses if name not in ("identity", "random")]
+    base = min(copies, key=losses.__getitem__) if copies else None
+    replacement.load_state_dict(states[base] if base else fresh)
+    try:
+        if base is None:
+            _base_for_closed_form(replacement, model, settings.seed)
+        _solve(model, plan, replacements, index, windows, settings)
+        judge(f"closed_form on {base}" if base else "closed_form")
+    except ArchitectureError as problem:
+        log.info("%s", problem)
+    replacement.load_state_dict(states[min(losses, key=losses.__getitem__)])
+    return losses
+
+
+def _base_for_closed_form(replacement: Replacement, model: nn.Module, seed: int) -> None:
+    """The inner weights that a closed form leaves alone: the template layer's, or random features for an FFN."""
+    if not available_starts(replacement, model)[0] == "first" and replacement.edit.network.kind == "ffn":
+        set_start(replacement, model, "random", seed)
+
+
+def _solve(
+    model: nn.Module,
+    plan: Plan,
+    replacements: list[Replacement],
+    index: int,
+    windows: Windows,
+    settings: StartSettings,
+) -> None:
+    part = _first_tokens(windows, settings.fit_tokens)
+    solve_output_projection(model, plan, replacements, index, part, settings.batch_tokens, settings.ridge)
+
+
+def _heldout_loss(
+    model: nn.Module, plan: Plan, replacements: list[Replacement], validation: Windows, settings: StartSettings
+) -> float:
+    student = Student(model, plan, replacements, TrainingConfig(objective={"lm": 1.0}))
+    device = model.get_input_embeddings().weight.device
+    part = _first_tokens(validation, _TRIAL_TOKENS)
+    per_batch = max(1, settings.batch_tokens // part.seq_len)
+    sums = [float(student.token_losses(ids.to(device)).double().mean(dim=1).sum()) for ids in part.batches(per_batch)]
+    return sum(sums) / len(part)
+
+
+def _first_tokens(windows: Windows, num_tokens: int) -> Windows:
+    count = max(1, min(len(windows), num_tokens // windows.seq_len))
+    return Windows(input_ids=windows.input_ids[:count])
