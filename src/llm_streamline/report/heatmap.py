@@ -4,6 +4,7 @@ Shapes: L layers. Column = first layer of the span, row = its number of layers, 
 one row. Colour is by angle (arccos of the mean cosine): near 1, where spans are chosen, cosines crowd together.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from llm_streamline.errors import MissingExtraError, OutputError, StreamlineError
+from llm_streamline.errors import MissingExtraError, StreamlineError
+from llm_streamline.output import write_bytes
 from llm_streamline.report import svg
 from llm_streamline.report.words import layers
 
@@ -203,7 +205,7 @@ def _chosen(similarity: np.ndarray, chosen: Sequence[Span], num_layers: int, cel
     if len(chosen) == 1:
         (start, stop) = chosen[0]
         x, y = _centre(chosen[0], num_layers, cell)
-        label_left, label_y = 282.0, 118.0  # in the empty corner above the triangle
+        label_left, label_y = 272.0, 118.0  # in the empty corner above the triangle
         edge = y - side / 2
         if x < label_left:
             points = [(x, edge), (x, label_y - 4), (label_left, label_y - 4)]
@@ -268,8 +270,6 @@ def write_heatmap_png(
     ticks = [cosine for cosine in TICK_COSINES if low <= math.acos(cosine) <= high]
     bar = figure.colorbar(image, ticks=[math.acos(cosine) for cosine in ticks])
     bar.ax.set_yticklabels([f"{cosine:g}" for cosine in ticks])
-    try:
-        figure.savefig(out, format="png", metadata={"Software": None})
-    except OSError as problem:
-        raise OutputError(f"cannot write the heat map {out}: {problem.strerror or problem}.") from None
-    return Path(out)
+    picture_bytes = io.BytesIO()
+    figure.savefig(picture_bytes, format="png", metadata={"Software": None})
+    return write_bytes(out, picture_bytes.getvalue())

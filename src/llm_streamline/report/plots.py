@@ -217,7 +217,7 @@ class Bar:
 
 def task_bars(bars: Sequence[Bar]) -> Markup:
     """Accuracy of each task before and after, whiskers of 95 %, a tick where a blind guess would be."""
-    left, right, row = 8.0, WIDTH - 62, 58.0
+    left, right, row = 8.0, WIDTH - 74, 58.0
     across = Scale(0, 1, left, right)
     height = 12 + row * len(bars) + 26
     parts = []
@@ -321,8 +321,8 @@ def scatter(
         x, y = across(spot.x), up(spot.y)
         style = "spot original" if spot.original else "spot front-spot" if spot.key in ahead else "spot"
         note = svg.tip(f"{spot.name}: {x_label} {spot.x:.4g}, {y_label} {spot.y:.4g}")
-        parts.append(svg.circle(x, y, 10, style, **note))
+        parts.append(svg.circle(x, y, 11, style, **note))
         parts.append(
-            svg.text(x, y + 4.2, spot.key, "spot-key inside" if style.endswith("front-spot") else "spot-key", "middle")
+            svg.text(x, y + 4.4, spot.key, "spot-key inside" if style.endswith("front-spot") else "spot-key", "middle")
         )
     return svg.drawing(WIDTH, height, parts, f"{y_label} against {x_label}", "scatter")

@@ -1,0 +1,134 @@
+"""Words, figures and verdict: small facts whose truth is plain arithmetic."""
+
+import math
+
+import pytest
+from report_samples import plan, results
+
+from llm_streamline.report import words
+from llm_streamline.report.figures import collapsed, figures, paired_stderr, pairs
+from llm_streamline.report.selection import candidate_rows, ranked, why
+from llm_streamline.report.verdict import judge, mean_accuracies
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(134_515_008, "134.5 M"), (6_738_415_616, "6.74 B"), (9_999, "9,999"), (262_144, "262.1 k"), (0, "0")],
+)
+def test_counts_keep_three_or_four_digits(number, text):
+    assert words.plain(words.count(number)) == text
+
+
+def test_other_quantities_read_well():
+    assert words.plain(words.size(23_040)) == "23.0 kB"
+    assert words.plain(words.duration(231.4)) == "3 min 51 s"
+    assert words.plain(words.duration(0.004)) == "4.0 ms"
+    assert words.plain(words.signed_percent(-0.2371)) == "−23.7 %"
+    assert words.plain(words.points(-0.00001)) == "0.0 pts"  # no sign on what rounds to zero
+    assert words.layers(12, 22) == "layers 12–21"
+    assert words.layers(7, 8) == "layer 7"
+    assert words.listed(["a", "b", "c"]) == "a, b and c"
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("demo", "SmolLM2-135M-Instruct"),
+        ("/home/me/models/Llama-2-7b/", "Llama-2-7b"),
+        ("./models/small.gguf", "small"),
+        ("meta-llama/Llama-2-7b", "meta-llama/Llama-2-7b"),
+    ],
+)
+def test_a_model_is_named_without_the_way_to_it(spec, name):
+    assert words.model_name(spec) == name
+
+
+def test_only_flips_add_to_the_error_of_a_paired_difference():
+    assert paired_stderr(0, 0, 100) == 0
+    # 10 lost, 10 won of 100: mean change 0, variance of one change 0.2
+    assert paired_stderr(10, 10, 100) == pytest.approx(math.sqrt(0.2 / 100))
+    assert paired_stderr(100, 0, 100) == 0  # every answer lost: no doubt left
+
+
+def test_the_table_shows_the_ratio_that_the_results_hold():
+    pair = pairs(results(gap=math.log(2)))[0]
+    row = next(row for row in figures(pair) if row.label == "perplexity")
+    assert words.plain(row.change) == "2.00 ×"
+    assert row.trend == "worse"
+    low, high = (float(end) for end in row.interval.strip("[]").split(", "))
+    assert low < 2 < high
+    assert [row.after for row in figures(pair) if row.label == "layers"] == ["21"]
+
+
+def test_a_model_alone_is_shown_without_change():
+    whole = results()
+    alone = whole.model_copy(update={"models": (whole.models[0],), "comparisons": ()})
+    rows = figures(pairs(alone)[0])
+    assert rows
+    assert all(row.change == "" and row.before == words.MISSING for row in rows)
+    assert judge(pairs(alone)[0]) is None
+
+
+def test_a_group_counts_once():
+    tasks = results().models[1].tasks
+    grouped = [task.model_copy(update={"group": "mmlu"}) for task in tasks[:3]] + [tasks[3]]
+    merged = collapsed(grouped)
+    assert [task.name for task in merged] == ["mmlu", "blimp"]
+    assert merged[0].acc == pytest.approx(sum(task.acc for task in tasks[:3]) / 3)
+    assert merged[0].num_items == 3000
+
+
+def test_the_verdict_is_the_worst_of_its_parts():
+    verdict = judge(pairs(results(gap=0.88))[0])
+    assert verdict.level == "lost"
+    assert {part.name: part.level for part in verdict.parts}["Language modelling"] == "lost"
+    assert "Answers" in {part.name for part in verdict.parts}
+
+
+def test_nothing_lost_is_kept():
+    verdict = judge(pairs(_without_flips(results(gap=0.0, harm=0.0)))[0])
+    assert {part.name: part.level for part in verdict.parts} == dict.fromkeys(
+        ("Language modelling", "Answers", "Stability", "Writing"), "kept"
+    )
+    assert verdict.headline == "Quality was kept"
+
+
+def _without_flips(found):
+    both = found.comparisons[0]
+    same = [
+        s.model_copy(update={"tf": 0, "ft": 0, "tt": 570, "ff": 430, "stability": 1.0, "match_rate": 1.0})
+        for s in both.stability
+    ]
+    means = [a.model_copy(update={"stability": 1.0, "match_rate": 1.0}) for a in both.stability_averages]
+    both = both.model_copy(update={"stability": tuple(same), "stability_averages": tuple(means)})
+    return found.model_copy(update={"comparisons": (both,)})
+
+
+def test_mean_accuracy_is_over_the_tasks_of_both():
+    before, after, chance, stderr = mean_accuracies(pairs(results())[0])
+    assert before == pytest.approx((0.57 + 0.67 + 0.42 + 0.78) / 4)
+    assert after == pytest.approx((0.41 + 0.60 + 0.33 + 0.71) / 4)
+    assert chance == pytest.approx(0.375)
+    assert 0 < stderr < 0.02
+
+
+def test_few_questions_are_called_too_few():
+    found = results(gap=0.0, harm=0.0)
+    models = [
+        m.model_copy(update={"tasks": tuple(t.model_copy(update={"acc_stderr": 0.2}) for t in m.tasks)})
+        for m in found.models
+    ]
+    both = found.comparisons[0].model_copy(update={"stability": (), "stability_averages": ()})
+    verdict = judge(pairs(found.model_copy(update={"models": tuple(models), "comparisons": (both,)}))[0])
+    assert {part.name: part.level for part in verdict.parts}["Answers"] == "unclear"
+    assert verdict.level == "unclear"
+
+
+def test_the_choice_is_explained():
+    chosen = [(12, 22)]
+    text = " ".join(why(plan().selection, chosen))
+    assert "layers 12–21 cost least" in text
+    assert "[0.071, 0.158]" in text
+    assert "a clear lead" in text
+    assert [c.start for c in ranked(plan().selection)] == [12, 13, 11, 10, 9]
+    assert [row["chosen"] for row in candidate_rows(plan().selection, chosen)] == [True, False, False, False, False]
