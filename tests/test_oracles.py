@@ -16,6 +16,7 @@ from llm_streamline.arch import find_arch, get_layers, silence, silence_attentio
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.families import FAMILIES, WRAPPERS
 from llm_streamline.layer_config import text_config
+from llm_streamline.structure import present
 from llm_streamline.surgery import keep_layers, shared_view
 
 MIDDLE = [0, 1, 4, 5, 6, 7]
@@ -164,6 +165,23 @@ def test_silent_layers_are_the_identity(name):
     for index in range(1, NUM_LAYERS):
         silence(layers[index], arch)
     assert torch.equal(logits_of(model), bypassed_logits(model, [0]))
+
+
+@families
+def test_a_silenced_layer_can_still_learn(name):
+    model = tiny_model(name)
+    arch = find_arch(model)
+    if arch.identity_obstacle:
+        return
+    layer = get_layers(model)[3]
+    silence(layer, arch)
+    layer.requires_grad_(True)
+    model(tiny_tokens(), use_cache=False).logits.square().mean().backward()
+    for names, norm in ((arch.attention_out, arch.attention_norm_out), (arch.mlp_out, arch.mlp_norm_out)):
+        last = [norm] if norm else present(layer, names)
+        gradients = [p.grad for path in last for n, p in layer.named_parameters() if n.startswith(path)]
+        assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+        assert not names or any(g is not None and g.abs().max() > 0 for g in gradients)
 
 
 @families

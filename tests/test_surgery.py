@@ -5,11 +5,13 @@ import pytest
 import torch
 from tiny import NUM_LAYERS, tiny_model, tiny_tokens
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_streamline import surgery
-from llm_streamline.arch import find_arch, get_layers
+from llm_streamline.arch import find_arch, get_layers, silence
 from llm_streamline.blueprint import build_blueprint, compare_layers
 from llm_streamline.errors import ArchitectureError, PlanError
+from llm_streamline.families import FAMILIES, Family
 from llm_streamline.surgery import apply_plan, keep_layers, shared_view
 
 
@@ -82,6 +84,36 @@ def test_what_a_fresh_model_would_build_differently_is_refused():
         compare_layers(get_layers(dense), get_layers(build_blueprint(sparse, sparse.config)), "deepseek_v3")
 
 
+def test_behaviour_that_depends_on_the_index_is_found_without_knowing_the_family(monkeypatch):
+    """DiffLlama computes a constant of each layer from its index; no config can say another one."""
+    config = AutoConfig.for_model(
+        "diffllama", hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48, vocab_size=160
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ArchitectureError, match="diffllama is untested"):
+        keep_layers(model, [0, 2])
+    monkeypatch.setitem(FAMILIES, "diffllama", Family())
+    keep_layers(model, [0, 1])  # a cut tail renumbers nothing
+    with pytest.raises(ArchitectureError, match=r"layer 0 with self_attn\.lambda_init"):
+        keep_layers(model, [1])
+
+
+def test_cutting_the_tail_equals_loading_with_a_smaller_count(tmp_path):
+    """transformers itself is the oracle: a checkpoint loaded with fewer layers is cut at the end."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=5)
+    keep_layers(model, range(5))
+    assert torch.equal(logits_of(model), logits_of(expected))
+
+
+def test_a_sharded_model_is_refused():
+    model = tiny_model("llama")
+    model.lm_head.weight.__class__ = type("DTensor", (nn.Parameter,), {})
+    with pytest.raises(ArchitectureError, match="sharded"):
+        keep_layers(model, [0])
+
+
 def test_all_layers_of_one_kind_can_go():
     """Masks and rotary tables of a kind that is no longer there must not be missed, before and after loading."""
     model = tiny_model("gemma3_text")
@@ -103,6 +135,34 @@ def test_one_layer_is_enough():
     assert model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 8)
     keep_layers(model, [0, 0])  # and can be cut, or stacked, again
     assert [layer.self_attn.layer_idx for layer in get_layers(model)] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "gemma3", "gpt2", "mistral", "llama4_text"])
+def test_the_attention_implementation_is_kept(name):
+    """Eager attention takes no mask for causal: a fresh config's default must not slip in."""
+    model = tiny_model(name)
+    expected = logits_of(shared_view(model, [0, 5, 6]))
+    model.set_attn_implementation("eager")
+    view = shared_view(model, [0, 5, 6])
+    torch.testing.assert_close(logits_of(view), expected, atol=1e-4, rtol=0)
+    keep_layers(model, [0, 5, 6])
+    assert model.config._attn_implementation == view.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "gpt2", "mixtral"])
+def test_lower_precision_changes_nothing_about_the_cut(name, dtype):
+    model = tiny_model(name).to(dtype)
+    arch = find_arch(model)
+    expected = logits_of(shared_view(model, [0, 1, 4, 5]))
+    silenced = copy.deepcopy(model)
+    for index in (2, 3, 6, 7):
+        silence(get_layers(silenced)[index], arch)
+    assert torch.equal(logits_of(silenced), expected)
+    keep_layers(model, [0, 1, 4, 5])
+    assert torch.equal(logits_of(model), expected)
+    assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 def test_a_view_shares_every_tensor_and_leaves_no_trace():

@@ -34,6 +34,14 @@ _SLIDING = "sliding_attention"
 _FULL = "full_attention"
 _MIXED = [_SLIDING, _FULL, _SLIDING, _SLIDING, _FULL, _SLIDING, _FULL, _FULL]
 _CHUNKED = [_FULL if kind == _FULL else "chunked_attention" for kind in _MIXED]
+_LINEAR = [_FULL if kind == _FULL else "linear_attention" for kind in _MIXED]
+_DELTA_NET = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
@@ -168,6 +176,46 @@ TINY_ROWS: dict[str, TinyRow] = {
         attn_temperature_tuning=False,
         **_EXPERTS,
     ),
+    "olmo3": _row("olmo3", sliding_window=WINDOW, layer_types=_MIXED),
+    "olmoe": _row("olmoe", **_EXPERTS),
+    "glm": _row("glm", head_dim=8),
+    "glm4_moe": _row(
+        "glm4_moe",
+        head_dim=8,
+        first_k_dense_replace=2,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        use_qk_norm=True,
+        **_EXPERTS,
+    ),
+    "seed_oss": _row("seed_oss", head_dim=8),
+    "ministral3": _row("ministral3", head_dim=8, sliding_window=WINDOW),
+    "ernie4_5_moe": _row(
+        "ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=2, **_EXPERTS
+    ),
+    "granitemoe": _row("granitemoe", residual_multiplier=0.7, **_EXPERTS),
+    "phimoe": _row("phimoe", sliding_window=WINDOW, **_EXPERTS),
+    "deepseek_v2": _row(
+        "deepseek_v2",
+        first_k_dense_replace=2,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        **_EXPERTS | {"num_key_value_heads": 4},
+    ),
+    "nemotron": _row("nemotron", head_dim=8),
+    "arcee": _row("arcee", head_dim=8),
+    "gpt_bigcode": _row("gpt_bigcode", "intermediate_size", "num_key_value_heads", multi_query=True),
+    "qwen3_next": _row("qwen3_next", layer_types=_LINEAR, mlp_only_layers=[3], **_DELTA_NET, **_EXPERTS),
+    "qwen3_5_text": _row("qwen3_5_text", layer_types=_LINEAR, **_DELTA_NET),
 }
 
 

@@ -137,7 +137,7 @@ def _sparse_step(old, new, sources):
 def _first_dense(old, new, sources):
     """The first k layers are dense (DeepSeek-V3 and kin): the dense ones that stay must still come first."""
     first = vars(old).get("first_k_dense_replace")
-    if first is None:
+    if first is None or vars(old).get("mlp_layer_types") is not None:  # the list wins
         return
     dense = [source < first for source in sources]
     if dense != sorted(dense, reverse=True):
@@ -146,6 +146,28 @@ def _first_dense(old, new, sources):
             "config.first_k_dense_replace cannot say; keep the dense layers first"
         )
     new.first_k_dense_replace = sum(dense)
+
+
+def _sparse_range(old, new, sources):
+    """Experts in every n-th layer between two bounds (ERNIE 4.5 MoE): look for bounds that say the same."""
+    if "moe_layer_start_index" not in vars(old):
+        return
+
+    def sparse(index, start, end, interval):
+        return (index + 1) % interval == 0 and start <= index <= end
+
+    rule = (old.moe_layer_start_index, old.moe_layer_end_index, old.moe_layer_interval)
+    wanted = [sparse(source, *rule) for source in sources]
+    places = [place for place, is_sparse in enumerate(wanted) if is_sparse] or [len(sources)]
+    for interval in (old.moe_layer_interval, 1):
+        if wanted == [sparse(place, places[0], places[-1], interval) for place in range(len(sources))]:
+            new.moe_layer_start_index, new.moe_layer_end_index = places[0], places[-1]
+            new.moe_layer_interval = interval
+            return
+    raise ArchitectureError(
+        "the mixture-of-experts layers kept are neither one run nor every n-th layer, and the config "
+        "(moe_layer_start_index, moe_layer_end_index, moe_layer_interval) can say nothing else"
+    )
 
 
 def _extra_heads(old, new, sources):
@@ -198,6 +220,7 @@ _RULES: tuple[Rule, ...] = (
     _index_lists,
     _sparse_step,
     _first_dense,
+    _sparse_range,
     _extra_heads,
     _attention_types,
     _per_layer_config,

@@ -59,6 +59,8 @@ def keep_layers(model: PreTrainedModel, sources: Sequence[int]) -> None:
     """
     arch = find_arch(model)
     check_sources(sources, arch.num_layers)
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise ArchitectureError("the model is sharded over processes; edit it before it is sharded")
     layers = model.get_submodule(arch.layers)
     configs = _edited_configs(model, sources)
     chosen = [_own_or_copy(layers, sources, place) for place in range(len(sources))]
