@@ -15,7 +15,9 @@ from llm_streamline.report.tables import (
     before_after_table,
     candidates_table,
     comparison_tables,
+    generation_table,
     plan_table,
+    stability_table,
     verdict_table,
 )
 
@@ -160,3 +162,23 @@ def test_the_objective_is_told_in_words(tmp_path):
     out = write_run(tmp_path / "run", leave_out=("training.json",))
     (out / "streamline" / "training.json").write_text(json.dumps(training() | {"objective": {"kl": 1.0, "mse": 0.5}}))
     assert load_run(out).training.objective_words() == "on 1 KL + 0.5 MSE"
+
+
+def test_stability_in_the_terminal_names_the_script_for_what_it_is():
+    text = printed(stability_table(results().comparisons[0]), width=100)
+    row = next(line for line in text.splitlines() if line.startswith("arc_easy"))
+    for cell in ("PPL", "78.8", "71.8", "70.8", "226", "66", "< 0.001", "6.4"):
+        assert cell in row
+    assert "mean of all" in text
+    assert "published script" in text
+    assert "…" not in text
+
+
+def test_texts_stand_side_by_side():
+    text = printed(generation_table(results()), width=100)
+    assert "original" in text
+    assert "clockmaker" in text
+    assert "flour of the" in text
+    assert "clockmaker" not in printed(generation_table(results(), most=2), width=100)
+    silent = [m.model_copy(update={"generation": None}) for m in results().models]
+    assert generation_table(results().model_copy(update={"models": tuple(silent)})) is None

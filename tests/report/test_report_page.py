@@ -180,3 +180,9 @@ def test_the_sentence_leaves_out_what_is_not_known(tmp_path):
         "Layers 12–21 of SmolLM2-135M-Instruct (10 of 30) were replaced by one decoder layer: 30 → 21 layers."
     )
     assert HASH[:16] in render(run)
+
+
+def test_a_manifest_that_is_still_to_be_written_is_shown(tmp_path):
+    out = write_run(tmp_path / "run", leave_out=("manifest.json",))
+    assert "finished" not in page_of(out)
+    assert "2025-11-22T09:00" in write_report(out, {"finished": "2025-11-22T09:00"}).read_text(encoding="utf-8")

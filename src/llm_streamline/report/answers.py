@@ -48,6 +48,7 @@ def _row(result: StabilityResult) -> dict[str, Any]:
         "stability": percent(result.stability),
         "interval": between(decimal(100 * interval.low, 1), decimal(100 * interval.high, 1)) if interval else "",
         "match": percent(result.match_rate),
+        "script": percent(result.stability_reference_bug),
         "same": percent(result.prediction_agreement),
         "flips": f"{result.tf}, {result.ft}",
         "p": chance_of(result.mcnemar_p),
@@ -60,7 +61,8 @@ def _note(found: list[StabilityResult]) -> str:
     return (
         f"Stability weighs each question by the softmax of the spread of its choices' {' or '.join(sigmas)} under the "
         "original. The effective number of questions (1 / sum of squared weights) tells how many carry it. "
-        "McNemar's exact test asks whether losses (TF) and gains (FT) are equally likely." + rest
+        "McNemar's exact test asks whether losses (TF) and gains (FT) are equally likely. “Script” is what the authors' published script "
+        "prints, which mixes up weights and questions: for comparison with published tables only." + rest
     )
 
 

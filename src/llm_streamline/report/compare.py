@@ -69,14 +69,19 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
         StreamlineError: a run cannot be read, or has no results yet.
     """
     runs = [load_run(path) for path in paths]
-    for run, path in zip(runs, paths, strict=True):
-        if run.results is None or not run.results.models:
-            raise StreamlineError(f"{path} has no results to compare; `llm-streamline evaluate` makes them.")
+    _check_results(runs)
     return runs
+
+
+def _check_results(runs: Sequence[Run]) -> None:
+    for run in runs:
+        if run.results is None or not run.results.models:
+            raise StreamlineError(f"{run.folder} has no results to compare; `llm-streamline evaluate` makes them.")
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Put the models of all runs side by side; the original stands first, once for each different source."""
+    _check_results(runs)
     entries = _entries(runs)
     columns = tuple(column for column in (_column(entries, *quantity) for quantity in QUANTITIES) if column)
     return Comparison(entries, _differences(entries), columns, _warnings(entries))

@@ -186,9 +186,13 @@ def _language(pair: Pair) -> Iterator[Figure]:
             "Language modelling",
             f"same likeliest token{suffix}",
             after=percent(kl.top1_agreement),
-            interval=_spread(kl.top1_agreement, kl.top1_agreement_stderr, percent),
+            interval=_spread(kl.top1_agreement, kl.top1_agreement_stderr, _bare_percent),
             note=f"share of {words.count(kl.num_tokens)} positions",
         )
+
+
+def _bare_percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _spread(value: float, stderr: float | None, show) -> str:
@@ -303,7 +307,7 @@ def _stability(pair: Pair) -> Iterator[Figure]:
             "Stability",
             result.task,
             after=percent(result.stability),
-            interval=between(percent(interval.low), percent(interval.high)) if interval else "",
+            interval=between(_bare_percent(interval.low), _bare_percent(interval.high)) if interval else "",
             note=f"weighted by {result.sigma.upper()}; {by_others}unweighted {percent(result.match_rate)}; "
             f"rests on {result.effective_questions:,.1f} of {words.plural(result.num_questions, 'question')}",
         )

@@ -6,6 +6,7 @@ A part whose file is absent is left out. Everything that comes from a file is es
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -48,14 +49,20 @@ def _part(name: str) -> Markup:
     return Markup(resources.files("llm_streamline.report").joinpath("templates", name).read_text(encoding="utf-8"))
 
 
-def write_report(out: str | Path) -> Path:
+def write_report(out: str | Path, manifest: Mapping[str, Any] | None = None) -> Path:
     """Write OUT/streamline/report.html from the files beside it and return its path.
+
+    Args:
+        out: folder of the run.
+        manifest: what will stand in the manifest, where it is still to be written: it comes last.
 
     Raises:
         StreamlineError: OUT holds no run, or one of its files is damaged.
         OutputError: the page cannot be written.
     """
     run = load_run(out)
+    if manifest is not None:
+        run = replace(run, manifest=manifest)
     path = run.folder / "report.html"
     write_text(path, render(run))
     return path

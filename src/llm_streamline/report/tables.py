@@ -4,10 +4,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from llm_streamline.evaluation.result import Comparison as ModelComparison
 from llm_streamline.evaluation.result import Results
 from llm_streamline.plan import Plan
 from llm_streamline.report import words
@@ -148,6 +150,66 @@ def candidates_table(plan: Plan) -> Table | None:
         name = row["span"] + (" (chosen)" if row["chosen"] else "")
         cells = (name, row["similarity"], row["first"], row["rest"], row["loss"])
         table.add_row(*map(_text, cells), style="bold" if row["chosen"] else "")
+    return table
+
+
+def stability_table(both: ModelComparison) -> Table:
+    """Stability of one pair of models, task by task, then the averages.
+
+    The column `script` is what the authors' published script prints (its weights are those of the first questions, not
+    of the questions that match): for comparison with published tables, and for nothing else.
+    """
+    title = _text(f"{words.model_name(both.model)} against {words.model_name(both.original)}")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold", min_width=8)
+    for column in ("sigma", "stability", "95 %", "script", "plain", "TT", "TF", "FT", "FF", "same", "p", "eff."):
+        table.add_column(column, justify="right", no_wrap=True)
+    for s in both.stability:
+        interval = s.stability_interval
+        ends = words.between(f"{100 * interval.low:.1f}", f"{100 * interval.high:.1f}") if interval else ""
+        shares = (s.stability_reference_bug, s.match_rate)
+        cells = (s.task, s.sigma.upper(), _share(s.stability), ends, *map(_share, shares))
+        counts = (f"{count:,}" for count in (s.tt, s.tf, s.ft, s.ff))
+        rest = (_share(s.prediction_agreement), words.chance_of(s.mcnemar_p), f"{s.effective_questions:,.1f}")
+        table.add_row(*map(_text, (*cells, *counts, *rest)))
+    for a in both.stability_averages if len(both.stability) > 1 else ():
+        cells = (f"mean of {a.name}", a.sigma.upper(), _share(a.stability), "", _share(a.stability_reference_bug))
+        same = ("", "", "", "", _share(a.prediction_agreement), "", "")
+        table.add_row(*map(_text, (*cells, _share(a.match_rate), *same)), style="bold")
+    table.caption = _text(
+        "In %. plain: unweighted; same: same option chosen; p: McNemar's exact test of TF against FT; eff.: effective "
+        "number of questions; script: the authors' published script, for comparison with published tables only.",
+        "dim",
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def generation_table(results: Results, most: int = 3) -> Table | None:
+    """What original and result write after the same prompts, side by side; None when nothing was written.
+
+    Args:
+        results: what `evaluate` measured.
+        most: prompts shown, from the first; greedy continuations only.
+    """
+    pair = next((pair for pair in pairs(results) if pair.after.generation), None)
+    if pair is None:
+        return None
+    table = Table(
+        title="What they write", title_justify="left", pad_edge=False, padding=(0, 1), show_lines=True, box=SIMPLE
+    )
+    models = [model for model in (pair.before, pair.after) if model is not None and model.generation]
+    table.add_column("prompt", ratio=1)
+    for model in models:
+        table.add_column("original" if model.role == "original" else "result", ratio=2)
+    texts = [{t.prompt: t for t in model.generation.continuations if t.mode == "greedy"} for model in models]
+    for prompt in list(texts[-1])[:most]:
+        found = [written.get(prompt) for written in texts]
+        table.add_row(_text(prompt, "bold"), *(_text(t.text.strip() if t else "") for t in found))
     return table
 
 
