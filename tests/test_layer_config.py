@@ -1,6 +1,6 @@
 import pytest
 from tiny import NUM_LAYERS, tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import edited_config, mlp_width, text_config
@@ -85,6 +85,18 @@ def test_an_unknown_list_of_the_right_length_is_cut_and_reported(caplog):
     edited = edited_config(config, [7, 1])
     assert (edited.widths, edited.three) == ([7, 1], [1, 2, 3])
     assert "config.widths has one entry a layer" in caplog.text
+
+
+def test_a_rule_that_would_regenerate_what_was_cut_is_refused():
+    class Regenerating(LlamaConfig):
+        def __post_init__(self, **kwargs):
+            super().__post_init__(**kwargs)
+            self.kinds = [index % 2 for index in range(self.num_hidden_layers)]
+
+    config = Regenerating(num_hidden_layers=4)
+    assert edited_config(config, [2, 3]).kinds == [0, 1]
+    with pytest.raises(ArchitectureError, match=r"config\.kinds of this llama model comes back changed"):
+        edited_config(config, [1, 3])
 
 
 def test_token_lists_as_long_as_the_model_are_not_cut():

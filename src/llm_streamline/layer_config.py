@@ -8,6 +8,7 @@ needs, makes rules explicit that counted layers, and refuses what cannot be expr
 import copy
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -81,7 +82,7 @@ def edited_config(config: PreTrainedConfig, sources: Sequence[int]) -> PreTraine
         _check_quantization(config)
         for rule in _RULES:
             rule(old, new, sources)
-    _check_round_trip(new_root)
+    _check_round_trip(config, new_root)
     return new_root
 
 
@@ -111,10 +112,15 @@ def _lists(old, new, sources):
                     f"config.{key} has {len(value)} entries for {num_layers} layers; the config contradicts itself"
                 )
         elif len(value) == num_layers and num_layers > 1:
-            get_logger().warning("config.%s has one entry a layer and is cut with the layers", key)
+            _tell_once(key)
         else:
             continue
         setattr(new, key, type(value)(value[source] for source in sources))
+
+
+@cache
+def _tell_once(key: str) -> None:  # a search edits the same config hundreds of times
+    get_logger().warning("config.%s has one entry a layer and is cut with the layers", key)
 
 
 def _index_lists(old, new, sources):
@@ -252,23 +258,32 @@ def _check_quantization(config) -> None:
         )
 
 
-def _check_round_trip(new: PreTrainedConfig) -> None:
-    """Raise ArchitectureError when saving and loading would change the config: some rule regenerated what we cut."""
-    saved = new.to_dict()
+def _check_round_trip(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Raise ArchitectureError when saving and loading would change the config: some rule regenerated what we cut.
+
+    What changes in the original config too is no doing of ours.
+    """
     try:
-        loaded = type(new).from_dict(copy.deepcopy(saved)).to_dict()
+        changed = _changed_by_loading(new)
     except (ValueError, TypeError, KeyError, IndexError) as error:  # transformers' own validation
         raise ArchitectureError(f"transformers refuses the edited {new.model_type} config: {error}") from error
     except Exception as error:
         if type(error).__module__.startswith("huggingface_hub"):  # StrictDataclassError wraps what validators raise
             raise ArchitectureError(f"transformers refuses the edited {new.model_type} config: {error}") from error
         raise
-    changed = _differing_keys(saved, loaded)
+    if changed:
+        known = _changed_by_loading(old)
+        changed = [key for key in changed if key not in known]
     if changed:
         raise ArchitectureError(
             f"config.{changed[0]} of this {new.model_type} model comes back changed after saving and loading; "
             "the edit cannot be expressed in its config"
         )
+
+
+def _changed_by_loading(config: PreTrainedConfig) -> list[str]:
+    saved = config.to_dict()
+    return _differing_keys(saved, type(config).from_dict(copy.deepcopy(saved)).to_dict())
 
 
 def _differing_keys(saved: dict, loaded: dict, prefix: str = "") -> list[str]:
