@@ -1,0 +1,1 @@
+"""What was lost: perplexity, tasks, stability, divergence, generation, speed, size, in one record."""

@@ -194,8 +194,7 @@ def answers_of_samples(rows: list[tuple[dict, int]], task: str, origin: str) -> 
         seen.add(row["doc_id"])
         responses = row.get("filtered_resps") or row.get("resps")
         try:
-            pairs = [response[0] if isinstance(response[0], (list, tuple)) else response for response in responses]
-            likelihoods = _finite((pair[0] for pair in pairs), f"{origin}, line {number}")
+            likelihoods = _finite(map(_likelihood, responses), f"{origin}, line {number}")
             arguments = row["arguments"]
             requests = list(arguments.values()) if isinstance(arguments, dict) else arguments
             texts = [list(one.values()) if isinstance(one, dict) else list(one) for one in requests]
@@ -213,6 +212,15 @@ def answers_of_samples(rows: list[tuple[dict, int]], task: str, origin: str) -> 
         prediction = _best(list(likelihoods[:num_choices]))
         items.append(Answer(str(row["doc_id"]), question, nll, prediction, bool(row["acc"])))
     return Answers(task, group_of(task), "acc", "byte", tuple(items), origin)
+
+
+def _likelihood(response: Any) -> float:
+    """Return the log-likelihood in one response, [ll, greedy] or [[ll, greedy]]; files hold it as text."""
+    if isinstance(response, (list, tuple)) and isinstance(response[0], (list, tuple)):
+        response = response[0]
+    if not isinstance(response, (list, tuple)):
+        raise TypeError("a text, not a score")
+    return float(response[0])
 
 
 def _is_opencompass(data: dict) -> bool:

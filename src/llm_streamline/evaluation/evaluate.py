@@ -22,6 +22,7 @@ from llm_streamline.evaluation.subject import (
     measure_tasks,
     measure_texts,
     name_of,
+    speed_setup,
 )
 from llm_streamline.logs import get_logger
 from llm_streamline.output import saving, write_text
@@ -81,16 +82,17 @@ def evaluate(
     while loaded is not None:
         taken = {result.name for result in results} | {_ORIGINAL}
         subject = make_subject(name_of(loaded, taken), loaded, material)
+        setup = speed_setup([subject] if base is None else [subject, base], config)
         pair_texts = measure_texts(subject, base, config, clock)
         measure_tasks(subject, material, clock)
         measure_generation(subject, config, clock)
-        speeds, speed_pair = measure_speed(subject, base, config, clock)
+        speed, base_speed, speed_pair = measure_speed(subject, base, setup, clock)
         if base is not None:
             if not any(result.role == _ORIGINAL for result in results):
-                results.append(_model_result(base, _ORIGINAL, speeds[-1]))
+                results.append(_model_result(base, _ORIGINAL, base_speed))
                 logs |= base.logs
             comparisons.append(_comparison(base, subject, pair_texts, speed_pair, config, clock))
-        results.append(_model_result(subject, "model", speeds[0]))
+        results.append(_model_result(subject, "model", speed))
         logs |= subject.logs
         hashes |= {text.name: text.data_hash for text in subject.texts}
         subject = loaded = None  # let go of this model before the next one is loaded

@@ -16,6 +16,7 @@ from torch import nn
 from llm_streamline.errors import ConfigError, NumericsError
 from llm_streamline.evaluation.result import Continuation, GenerationResult, Verdict
 from llm_streamline.logs import progress_bar
+from llm_streamline.quiet import quiet_transformers
 
 PROMPTS = (
     "The history of the city began when",
@@ -113,7 +114,7 @@ def generate_texts(
     batches = _batches(model, encoded)
     texts: dict[tuple[int, int], Continuation] = {}
     ends = _end_tokens(model, tokenizer)
-    with progress_bar("generation", len(batches) * (samples + 1)) as bar, torch.random.fork_rng():
+    with progress_bar("generation", len(batches) * (samples + 1)) as bar, torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
         for turn in range(samples + 1):
             for batch in batches:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llm_streamline.data.spec import parse_spec
 from llm_streamline.data.text import open_text, read_whole_text
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ConfigError, TaskError
@@ -15,6 +16,7 @@ from llm_streamline.evaluation.tasks import check_task_names
 
 DEFAULT_CONTEXT = 1024
 _CONTINUATION = "continuation"
+_CHARACTERS_PER_TOKEN = 32  # more than running text ever has
 
 
 @dataclass
@@ -66,8 +68,11 @@ def gather(config: EvaluationConfig, tokenizer=None, windows: Mapping[str, Windo
         TextError, TaskError, MissingExtraError: something asked for is not there or cannot be used.
     """
     material = Material(config, windows or {})
+    names = [*material.windows, *config.perplexity]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"the text '{twice[0]}' is asked for twice.")
     for spec in config.perplexity:
-        material.texts[_unused(spec, material.texts | dict(material.windows))] = read_whole_text(spec)
+        material.texts[spec] = _text(spec, config.tokens)
     for name in config.tasks:
         if name == _CONTINUATION or name.startswith(f"{_CONTINUATION}:"):
             task = _continuation(name, config, tokenizer, material.windows)
@@ -86,10 +91,20 @@ def gather(config: EvaluationConfig, tokenizer=None, windows: Mapping[str, Windo
     return material
 
 
-def _unused(name: str, used: Mapping) -> str:
-    if name not in used:
-        return name
-    raise ConfigError(f"the text '{name}' is asked for twice.")
+def _text(spec: str, tokens: int | None) -> str:
+    """Read a text for perplexity; of what is long or endless only as much as is sure to give the tokens."""
+    parsed = parse_spec(spec)
+    if parsed.kind == "hub" and tokens is None:
+        raise ConfigError(f"say how many tokens of the data set '{spec}' to take (--tokens).")
+    if parsed.kind == "files" or tokens is None:
+        return read_whole_text(parsed)
+    wanted, pieces = tokens * _CHARACTERS_PER_TOKEN, []
+    for document in open_text(parsed).documents():
+        pieces.append(document.text)
+        wanted -= len(document.text)
+        if wanted < 0:
+            break
+    return "\n\n".join(pieces)
 
 
 def _continuation(name: str, config: EvaluationConfig, tokenizer, windows: Mapping[str, Windows]) -> ChoiceTask:

@@ -2,12 +2,12 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_streamline.errors import NumericsError, StreamlineError
+from llm_streamline.errors import ConfigError, NumericsError
 from llm_streamline.evaluation.answers import Answers, answers_of_rows, answers_of_samples
 from llm_streamline.evaluation.choices import score_task
 from llm_streamline.evaluation.config import EvaluationConfig
@@ -62,6 +62,11 @@ class Subject:
     def model(self):
         """The model itself."""
         return self.loaded.model
+
+    @property
+    def positions(self) -> int | None:
+        """Most tokens the model reads at once; None: no limit."""
+        return max_positions(self.loaded.model)
 
 
 def name_of(loaded: LoadedModel, taken: set[str]) -> str:
@@ -119,7 +124,6 @@ def _same_texts(subject: Subject, base: Subject | None) -> set[str]:
 def measure_tasks(subject: Subject, material: Material, clock: Clock) -> None:
     """Score all tasks of one model; keep results, per-item logs and answers."""
     config, found = material.config, []
-    positions = max_positions(subject.model)
     with clock.stage("tasks"):
         for task in material.choice_tasks:
             if config.scorer == "lm-eval":
@@ -128,7 +132,7 @@ def measure_tasks(subject: Subject, material: Material, clock: Clock) -> None:
                     subject.loaded.tokenizer,
                     task,
                     batch_size=config.batch_size,
-                    max_length=positions,
+                    max_length=subject.positions,
                     seed=config.seed,
                 )
                 update = {"limit": config.limit, "num_fewshot": config.num_fewshot}
@@ -139,7 +143,7 @@ def measure_tasks(subject: Subject, material: Material, clock: Clock) -> None:
                     task,
                     subject.reader,
                     subject.loaded.tokenizer,
-                    max_length=positions,
+                    max_length=subject.positions,
                     batch_size=config.batch_size,
                     batch_tokens=config.batch_tokens,
                 )
@@ -155,7 +159,7 @@ def measure_tasks(subject: Subject, material: Material, clock: Clock) -> None:
                 limit=config.limit,
                 num_fewshot=config.num_fewshot or None,
                 batch_size=config.batch_size,
-                max_length=positions,
+                max_length=subject.positions,
                 seed=config.seed,
             )
             taken = {task.name for task in material.choice_tasks}
@@ -187,14 +191,13 @@ def measure_generation(subject: Subject, config: EvaluationConfig, clock: Clock)
     """Let the model write, if the config asks for it."""
     if not config.generation:
         return
-    positions = max_positions(subject.model)
     with clock.stage("generation"):
         subject.generation = generate_texts(
             subject.model,
             subject.loaded.tokenizer,
             config.prompts or PROMPTS,
             max_new_tokens=config.max_new_tokens,
-            max_positions=positions,
+            max_positions=subject.positions,
             samples=config.samples,
             temperature=config.temperature,
             top_p=config.top_p,
@@ -202,26 +205,36 @@ def measure_generation(subject: Subject, config: EvaluationConfig, clock: Clock)
         )
 
 
-def measure_speed(subject: Subject, base: Subject | None, config: EvaluationConfig, clock: Clock) -> tuple:
-    """Time the model, and the original in turns with it; return results of both (model first), and the comparison."""
+def speed_setup(subjects: Sequence[Subject], config: EvaluationConfig) -> SpeedSetup | None:
+    """Return what the speed measurement will time; None if it is not asked for.
+
+    Raises:
+        ConfigError: prompt and new tokens do not fit the models' positions.
+    """
     if not config.speed:
-        return (None, None), None
-    both = [subject] if base is None else [subject, base]
-    room = min((max_positions(one.model) or 10**9) for one in both) - config.speed_new_tokens
-    setup = SpeedSetup(
-        batch_size=config.speed_batch_size,
-        prompt_tokens=config.speed_prompt_tokens or max(1, min(_SPEED_PROMPT_TOKENS, room)),
-        new_tokens=config.speed_new_tokens,
-        rounds=config.speed_rounds,
-        seed=config.seed,
-    )
-    if setup.prompt_tokens > room:
-        raise StreamlineError(
-            f"the speed measurement needs {setup.prompt_tokens + setup.new_tokens} positions, "
-            f"the model has {room + setup.new_tokens}; ask for fewer prompt or new tokens."
+        return None
+    room = min(one.positions or 10**9 for one in subjects) - config.speed_new_tokens
+    prompt_tokens = config.speed_prompt_tokens or min(_SPEED_PROMPT_TOKENS, room)
+    if not 1 <= prompt_tokens <= room:
+        raise ConfigError(
+            f"the speed measurement needs {max(1, prompt_tokens) + config.speed_new_tokens} positions, the model has "
+            f"{room + config.speed_new_tokens}; ask for fewer prompt or new tokens."
         )
+    return SpeedSetup(config.speed_batch_size, prompt_tokens, config.speed_new_tokens, config.speed_rounds, config.seed)
+
+
+def measure_speed(subject: Subject, base: Subject | None, setup: SpeedSetup | None, clock: Clock) -> tuple:
+    """Time the model, and the original in turns with it.
+
+    Returns:
+        The results of the model and the original, and their comparison; None for each that there is not.
+    """
+    if setup is None:
+        return None, None, None
+    both = [subject] if base is None else [subject, base]
     with clock.stage("speed"):
         timings = time_in_turns([one.model for one in both], setup)
     results = [speed_result(one, setup) for one in timings]
-    pair = compare_speed(timings[1], timings[0], base.size, subject.size) if base is not None else None
-    return results, pair
+    if base is None:
+        return results[0], None, None
+    return results[0], results[1], compare_speed(timings[1], timings[0], base.size, subject.size)

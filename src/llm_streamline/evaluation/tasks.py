@@ -6,6 +6,7 @@ of our light scorer can be checked against it.
 
 import hashlib
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -162,34 +163,53 @@ def _as_yaml(task: ChoiceTask) -> Iterator[Path]:
         yield folder
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the harness's remarks and the bars of the data sets that it prepares; errors still show."""
+    import datasets
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
 def _run(model, tokenizer, names, manager, limit, num_fewshot, batch_size, max_length, seed) -> list[HarnessTask]:
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size or 8,
-        max_length=max_length,
-        # its default is the model's dtype: a bfloat16 log-softmax is good for two digits
-        softmax_dtype=torch.float32,
-    )
+    with _quiet():
+        wrapped = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size or 8,
+            max_length=max_length,
+            # its default is the model's dtype: a bfloat16 log-softmax is good for two digits
+            softmax_dtype=torch.float32,
+        )
     wrapped.loglikelihood = partial(wrapped.loglikelihood, disable_tqdm=True)  # progress is told by our own bar
     try:
-        found = simple_evaluate(
-            model=wrapped,
-            tasks=list(names),
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            log_samples=True,
-            bootstrap_iters=0,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with _quiet():
+            found = simple_evaluate(
+                model=wrapped,
+                tasks=list(names),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                log_samples=True,
+                bootstrap_iters=0,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     except StreamlineError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
