@@ -13,7 +13,7 @@ from report_samples import similarity, stats_tensors
 from safetensors.numpy import save_file
 
 from llm_streamline.errors import MissingExtraError, OutputError, StreamlineError
-from llm_streamline.report import plots, svg
+from llm_streamline.report import pareto, plots, svg
 from llm_streamline.report.heatmap import colour, heatmap_svg, read_similarity, write_heatmap_png
 
 
@@ -134,7 +134,7 @@ def test_text_in_drawings_is_escaped():
     nasty = '<script>alert("x")</script>'
     for drawing in (
         plots.task_bars([plots.Bar(nasty, 0.5, 0.4, 0.01, 0.01, 0.25)]),
-        plots.scatter([plots.Spot("A", nasty, 1, 1)], x_label=nasty, y_label=nasty, low_x=True, low_y=True),
+        pareto.scatter([pareto.Spot("A", nasty, 1, 1)], x_label=nasty, y_label=nasty, low_x=True, low_y=True),
         plots.line_chart([plots.Series(nasty, ((0, 1), (1, 2)), dots=True)], x_label=nasty, y_label=nasty),
     ):
         assert "<script" not in str(drawing)
@@ -169,8 +169,8 @@ def test_a_long_curve_is_thinned():
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 5), (2, 3), (3, 4), (4, 1), (4, 2)]
-    assert plots.pareto_front(points, low_x=True, low_y=True) == [0, 1, 3]
-    assert plots.pareto_front(points, low_x=False, low_y=False) == [4, 2, 0]
+    assert pareto.pareto_front(points, low_x=True, low_y=True) == [0, 1, 3]
+    assert pareto.pareto_front(points, low_x=False, low_y=False) == [4, 2, 0]
 
 
 def test_the_strip_has_a_box_for_each_layer():

@@ -6,9 +6,11 @@ import pytest
 from report_samples import plan, results
 
 from llm_streamline.report import words
-from llm_streamline.report.figures import collapsed, figures, paired_stderr, pairs
+from llm_streamline.report.accuracy import collapsed, mean_accuracies, paired_stderr
+from llm_streamline.report.figures import figures
+from llm_streamline.report.pair import pairs
 from llm_streamline.report.selection import candidate_rows, ranked, why
-from llm_streamline.report.verdict import judge, mean_accuracies
+from llm_streamline.report.verdict import judge
 
 
 @pytest.mark.parametrize(

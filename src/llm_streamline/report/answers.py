@@ -3,7 +3,8 @@
 from typing import Any
 
 from llm_streamline.evaluation.result import StabilityResult
-from llm_streamline.report.figures import Pair, collapsed, one_per_task
+from llm_streamline.report.accuracy import collapsed
+from llm_streamline.report.pair import Pair, one_per_task
 from llm_streamline.report.plots import Bar, outcome_bar, stability_flow, task_bars
 from llm_streamline.report.words import between, chance_of, decimal, percent, plural
 
@@ -61,8 +62,9 @@ def _note(found: list[StabilityResult]) -> str:
     return (
         f"Stability weighs each question by the softmax of the spread of its choices' {' or '.join(sigmas)} under the "
         "original. The effective number of questions (1 / sum of squared weights) tells how many carry it. "
-        "McNemar's exact test asks whether losses (TF) and gains (FT) are equally likely. “Script” is what the authors' published script "
-        "prints, which mixes up weights and questions: for comparison with published tables only." + rest
+        "McNemar's exact test asks whether losses (TF) and gains (FT) are equally likely. “Script” is what the "
+        "authors' published script prints, which mixes up weights and questions: for comparison with published "
+        "tables only." + rest
     )
 
 

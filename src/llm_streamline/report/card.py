@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from llm_streamline.output import write_text
 from llm_streamline.plan import Replace
 from llm_streamline.report import words
-from llm_streamline.report.figures import Figure, Pair, figures
+from llm_streamline.report.figures import Figure, figures
+from llm_streamline.report.pair import Pair
 from llm_streamline.report.run import Run, load_run, network_words, what_was_done
 from llm_streamline.report.verdict import judge, thresholds
 

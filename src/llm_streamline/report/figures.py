@@ -1,34 +1,23 @@
 """Results -> rows of a before/after table, the same for terminal, page and card. Intervals are of 95 % unless told."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from llm_streamline.evaluation.result import (
-    Comparison,
-    ModelResult,
-    Results,
     SizeResult,
     SpeedRatio,
     StabilityResult,
     TaskResult,
 )
 from llm_streamline.report import words
+from llm_streamline.report.accuracy import collapsed, paired_stderr
+from llm_streamline.report.pair import Pair, one_per_task
 from llm_streamline.report.words import MISSING, between, decimal, percent, points, signed_percent, times
 
 Z = 1.96  # standard errors on each side of a 95 % interval
 Trend = Literal["better", "worse", "same", ""]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A model, the original it is measured against, and what was measured of the two together."""
-
-    after: ModelResult
-    before: ModelResult | None = None
-    both: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -52,19 +41,6 @@ def split_interval(text: str) -> tuple[str, str]:
             main, _, rest = text.partition(sign)
             return main, sign.strip() + rest
     return text, ""
-
-
-def pairs(results: Results) -> list[Pair]:
-    """Every model that is not an original, with its original where there is one; originals alone if nothing else."""
-    original = next((model for model in results.models if model.role == "original"), None)
-    found = []
-    for model in results.models:
-        if model.role == "original":
-            continue
-        both = next((c for c in results.comparisons if c.model == model.name), None)
-        before = results.model(both.original) if both else original
-        found.append(Pair(model, before, both))
-    return found or [Pair(model) for model in results.models]
 
 
 def figures(pair: Pair) -> list[Figure]:
@@ -253,47 +229,6 @@ def _difference_stderr(paired: StabilityResult | None, before: TaskResult, after
     return None if None in errors else math.hypot(*errors)
 
 
-def paired_stderr(lost: int, won: int, questions: int) -> float:
-    """Standard error of the difference of two accuracies on the same questions: only flips contribute.
-
-    A flip changes the sum by one, so the variance of a question's change is p_lost + p_won - (p_won - p_lost)^2.
-    """
-    share = (won - lost) / questions
-    return math.sqrt(max((lost + won) / questions - share**2, 0) / questions)
-
-
-def collapsed(tasks: Sequence[TaskResult]) -> list[TaskResult]:
-    """One entry for each group (unweighted mean over its tasks), the other tasks as they are; order of appearance."""
-    groups: dict[str, list[TaskResult]] = defaultdict(list)
-    for task in tasks:
-        groups[task.group or task.name].append(task)
-    return [_group_mean(name, members) if len(members) > 1 else members[0] for name, members in groups.items()]
-
-
-def _group_mean(name: str, members: list[TaskResult]) -> TaskResult:
-    def mean(key: str) -> float | None:
-        values = [getattr(task, key) for task in members]
-        return None if None in values else sum(values) / len(values)
-
-    def stderr(key: str) -> float | None:
-        values = [getattr(task, key) for task in members]
-        return None if None in values else math.sqrt(sum(v * v for v in values)) / len(values)
-
-    return members[0].model_copy(
-        update={
-            "name": name,
-            "num_items": sum(task.num_items for task in members),
-            "acc": mean("acc"),
-            "acc_norm": mean("acc_norm"),
-            "chance": mean("chance"),
-            "acc_stderr": stderr("acc_stderr"),
-            "acc_norm_stderr": stderr("acc_norm_stderr"),
-            "metrics": (),
-            "subtasks": {},
-        }
-    )
-
-
 def _stability(pair: Pair) -> Iterator[Figure]:
     if pair.both is None:
         return
@@ -311,20 +246,6 @@ def _stability(pair: Pair) -> Iterator[Figure]:
             note=f"weighted by {result.sigma.upper()}; {by_others}unweighted {percent(result.match_rate)}; "
             f"rests on {result.effective_questions:,.1f} of {words.plural(result.num_questions, 'question')}",
         )
-
-
-def one_per_task(pair: Pair) -> list[StabilityResult]:
-    """One result for each task: by plain accuracy where there is one, weighted by perplexity where there is one."""
-    found: dict[str, StabilityResult] = {}
-    for result in pair.both.stability if pair.both else ():
-        held = found.get(result.task)
-        if held is None or _rank(result) < _rank(held):
-            found[result.task] = result
-    return list(found.values())
-
-
-def _rank(result: StabilityResult) -> tuple[bool, bool]:
-    return result.metric != "acc", result.sigma != "ppl"
 
 
 def _writing(pair: Pair) -> Iterator[Figure]:

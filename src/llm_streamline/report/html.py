@@ -19,14 +19,17 @@ from llm_streamline.evaluation.result import Continuation, ModelResult
 from llm_streamline.output import write_text
 from llm_streamline.plan import Replace
 from llm_streamline.report import plots, words
+from llm_streamline.report.accuracy import mean_accuracies
 from llm_streamline.report.answers import answers_view
-from llm_streamline.report.figures import Figure, Pair, figures, relative, split_interval
+from llm_streamline.report.curves import training_view
+from llm_streamline.report.figures import Figure, figures, relative, split_interval
 from llm_streamline.report.heatmap import heatmap_svg
+from llm_streamline.report.pair import Pair
 from llm_streamline.report.plots import Mark, Series
 from llm_streamline.report.protocol import flat, proof_failure, proof_rows, protocol
 from llm_streamline.report.run import Run, load_run, network_words, what_was_done
 from llm_streamline.report.selection import candidate_rows, why
-from llm_streamline.report.verdict import judge, mean_accuracies
+from llm_streamline.report.verdict import judge
 from llm_streamline.version import __version__
 
 
@@ -85,7 +88,7 @@ def render(run: Run) -> str:
         "keys": _keys(pair) if pair else [],
         **_similarity(run),
         **_choice(run),
-        "training": _training(run),
+        "training": training_view(run),
         **_table(pair),
         **answers_view(pair),
         **_texts(pair),
@@ -237,60 +240,6 @@ def _choice(run: Run) -> dict[str, Any]:
         "candidates": candidate_rows(run.plan.selection, run.spans),
         "chosen": run.spans,
     }
-
-
-def _training(run: Run) -> dict[str, Any] | None:
-    log = run.training
-    if log is None:
-        return None
-    series = []
-    raw = [(float(step.tokens), step.loss) for step in log.steps if step.loss is not None]
-    if len(raw) > 40:
-        smooth, thin = plots.smoothed(raw)
-        series.append(Series("training", smooth, "train", faint=thin))
-    elif raw:
-        series.append(Series("training", tuple(raw), "train"))
-    seen = tuple((float(p.tokens), p.loss) for p in log.validation if p.loss is not None)
-    if seen:
-        series.append(Series("validation", seen, "after", dots=True))
-    best = log.best_tokens
-    marks = [Mark(float(best), f"kept: step {log.best_step}")] if best is not None else []
-    charts = []
-    if series:
-        chart = plots.line_chart(series, x_label="training tokens", y_label="loss", log_y=_wide(series), marks=marks)
-        charts.append(("Loss that was trained on", chart))
-    held_out = tuple((float(p.tokens), p.lm_loss) for p in log.validation if p.lm_loss is not None)
-    if held_out:
-        one = [Series("validation", held_out, "after", dots=True)]
-        charts.append(
-            (
-                "Next-token loss on validation text",
-                plots.line_chart(one, x_label="training tokens", y_label="nats a token", marks=marks),
-            )
-        )
-    return {"sentence": _training_sentence(run), "charts": charts}
-
-
-def _wide(series: list[Series]) -> bool:
-    values = [y for one in series for _, y in (*one.points, *one.faint)]
-    return min(values) > 0 and max(values) > 5 * min(values)
-
-
-def _training_sentence(run: Run) -> str:
-    log = run.training
-    parts = [f"{words.count(log.tokens)} tokens in {words.plural(max((s.step for s in log.steps), default=0), 'step')}"]
-    if log.objective_words():
-        parts[0] += f" {log.objective_words()}"
-    if log.seconds:
-        parts.append(f"{words.duration(log.seconds)}")
-    if log.tokens_per_second:
-        parts.append(f"{words.count(log.tokens_per_second)} tokens per second")
-    text = ", ".join(parts) + "."
-    if log.best_step == 0:
-        text += " Training did not improve on the start, so the start was kept."
-    elif log.best_step is not None:
-        text += f" The state after step {log.best_step:,}, best on validation text, was kept."
-    return text
 
 
 def _table(pair: Pair | None) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def line_chart(
     low, high = (min(values) / 1.1, max(values) * 1.1) if log_y else svg.padded(values)
     across = Scale(min(x for x, _ in points), max(x for x, _ in points), left, right)
     up = Scale(low, high, bottom, top, log=log_y)
-    parts = _grid(across, up, left, right, bottom, x_label, y_label, height)
+    parts = grid(across, up, left, right, bottom, x_label, y_label, height)
     for mark in marks:
         x = across(mark.x)
         anchor = "end" if x > (left + right) / 2 else "start"
@@ -84,9 +84,10 @@ def line_chart(
     return svg.drawing(WIDTH, height, parts, label or f"{y_label} over {x_label}")
 
 
-def _grid(
+def grid(
     across: Scale, up: Scale, left: float, right: float, bottom: float, x_label: str, y_label: str, height: float
 ) -> list[Markup]:
+    """Lines and labels of two axes."""
     parts = []
     for value in up.ticks(5):
         y = up(value)
@@ -269,60 +270,3 @@ def outcome_bar(tt: int, tf: int, ft: int, ff: int) -> Markup:
             parts.append(svg.rect(x, 0, width, 14, f"ribbon {name}", **tip))
         x += width
     return svg.drawing(200, 14, parts, f"TT {tt}, FT {ft}, TF {tf}, FF {ff}", "outcomes", preserveAspectRatio="none")
-
-
-@dataclass(frozen=True)
-class Spot:
-    """A model in a scatter plot."""
-
-    key: str  # the letter that stands for it in table and plot
-    name: str
-    x: float
-    y: float
-    original: bool = False
-
-
-def pareto_front(points: Sequence[Point], *, low_x: bool, low_y: bool) -> list[int]:
-    """Indices of the points that no other point beats in both directions, from the best x on.
-
-    Args:
-        points: (x, y) of each model.
-        low_x: smaller x is better.
-        low_y: smaller y is better.
-    """
-    signed = [((x if low_x else -x), (y if low_y else -y), i) for i, (x, y) in enumerate(points)]
-    front, best = [], math.inf
-    for _, y, index in sorted(signed):
-        if y < best:
-            front.append(index)
-            best = y
-    return front
-
-
-def scatter(
-    spots: Sequence[Spot], *, x_label: str, y_label: str, low_x: bool, low_y: bool, log_y: bool = False
-) -> Markup:
-    """Quality against cost: the models on the Pareto front are joined, the original is a ring."""
-    left, right, top, height = 58.0, WIDTH - 18, 20.0, 330.0
-    bottom = height - 46
-    log_y = log_y and min(spot.y for spot in spots) > 0
-    ys = [spot.y for spot in spots]
-    across = Scale(*svg.padded([spot.x for spot in spots], 0.1), left, right)
-    up = (
-        Scale(min(ys) / 1.12, max(ys) * 1.12, bottom, top, log=True)
-        if log_y
-        else Scale(*svg.padded(ys, 0.1), bottom, top)
-    )
-    parts = _grid(across, up, left, right, bottom, x_label, y_label, height)
-    front = pareto_front([(spot.x, spot.y) for spot in spots], low_x=low_x, low_y=low_y)
-    ahead = {spots[i].key for i in front}
-    parts.append(svg.polyline([(across(spots[i].x), up(spots[i].y)) for i in front], "front"))
-    for spot in spots:
-        x, y = across(spot.x), up(spot.y)
-        style = "spot original" if spot.original else "spot front-spot" if spot.key in ahead else "spot"
-        note = svg.tip(f"{spot.name}: {x_label} {spot.x:.4g}, {y_label} {spot.y:.4g}")
-        parts.append(svg.circle(x, y, 11, style, **note))
-        parts.append(
-            svg.text(x, y + 4.4, spot.key, "spot-key inside" if style.endswith("front-spot") else "spot-key", "middle")
-        )
-    return svg.drawing(WIDTH, height, parts, f"{y_label} against {x_label}", "scatter")

@@ -13,8 +13,9 @@ from llm_streamline.errors import StreamlineError
 from llm_streamline.evaluation.result import Results
 from llm_streamline.plan import Plan, Replace
 from llm_streamline.report import words
-from llm_streamline.report.figures import Pair, pairs, size_change
+from llm_streamline.report.figures import size_change
 from llm_streamline.report.heatmap import Span, read_similarity
+from llm_streamline.report.pair import Pair, pairs
 
 OBJECTIVES = {
     "kl": "to follow the original's predictions (KL)",

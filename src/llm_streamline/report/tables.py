@@ -14,7 +14,8 @@ from llm_streamline.evaluation.result import Results
 from llm_streamline.plan import Plan
 from llm_streamline.report import words
 from llm_streamline.report.compare import Comparison, compare
-from llm_streamline.report.figures import Pair, figures, pairs, relative, split_interval
+from llm_streamline.report.figures import figures, relative, split_interval
+from llm_streamline.report.pair import Pair, pairs
 from llm_streamline.report.run import Run
 from llm_streamline.report.selection import candidate_rows
 from llm_streamline.report.verdict import Verdict, judge, thresholds

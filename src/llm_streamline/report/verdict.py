@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_streamline.report.figures import Pair, Z, collapsed, paired_stderr
+from llm_streamline.report.accuracy import mean_accuracies
+from llm_streamline.report.figures import Z
+from llm_streamline.report.pair import Pair
 from llm_streamline.report.words import decimal, listed, percent, points, times
 
 Level = Literal["kept", "partly", "lost", "unclear"]
@@ -90,29 +92,6 @@ def _perplexity(pair: Pair) -> Part | None:
         f"perplexity is {times(ratio)} the original's{over}",
         f"kept up to {times(kept)}, partly lost up to {times(partly)}",
     )
-
-
-def mean_accuracies(pair: Pair) -> tuple[float, float, float, float | None] | None:
-    """Accuracy of the original and of the model, chance, and the standard error of the difference.
-
-    Unweighted means over the tasks that both models were scored on; a group counts once. None without such a task.
-    """
-    afters = {task.name: task for task in collapsed(pair.after.tasks) if task.acc is not None}
-    befores = {task.name: task for task in collapsed(pair.before.tasks) if task.acc is not None} if pair.before else {}
-    names = [name for name in afters if name in befores]
-    if not names:
-        return None
-    flips = {s.task: s for s in pair.both.stability if s.metric == "acc"} if pair.both else {}
-    variances = []
-    for name in names:
-        if name in flips:
-            variances.append(paired_stderr(flips[name].tf, flips[name].ft, flips[name].num_questions) ** 2)
-        elif befores[name].acc_stderr is not None and afters[name].acc_stderr is not None:
-            variances.append(befores[name].acc_stderr ** 2 + afters[name].acc_stderr ** 2)
-    stderr = math.sqrt(sum(variances)) / len(names) if len(variances) == len(names) else None
-    before = sum(befores[name].acc for name in names) / len(names)
-    after = sum(afters[name].acc for name in names) / len(names)
-    return before, after, sum(afters[name].chance or 0.0 for name in names) / len(names), stderr
 
 
 def _accuracy(pair: Pair) -> Part | None:
