@@ -8,7 +8,7 @@ import torch
 from folders import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from tiny import tiny_model, tiny_tokens
 
-from llm_streamline import checkpoint, output
+from llm_streamline import checkpoint, files, reload
 from llm_streamline import proof as proof_module
 from llm_streamline.checkpoint import prove_checkpoint, save_checkpoint
 from llm_streamline.errors import OutputError, ProofError
@@ -28,7 +28,7 @@ def same_process(monkeypatch):
 
     def answer(folder):
         try:
-            proof_module._answer(folder)
+            reload.answer(folder)
         except Exception as error:  # as the process would die
             return f"died: {str(error).splitlines()[-1]}"
 
@@ -115,6 +115,14 @@ def test_settings_without_effect_do_not_stop_the_save(tmp_path, tokenizer):
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
 
 
+def test_caching_is_on_after_training(tmp_path):
+    model = tiny_llama()
+    model.config.use_cache = model.generation_config.use_cache = False  # as gradient checkpointing leaves it
+    out = save_checkpoint(model, None, tmp_path / "out")
+    assert saved_config(out)["use_cache"] is True
+    assert json.loads((out / "generation_config.json").read_text())["use_cache"] is True
+
+
 def test_older_readers_find_the_rope_base(tmp_path, tokenizer):
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     for index, parameters in enumerate(({"rope_type": "default", "rope_theta": 12345.0}, scaled)):
@@ -159,7 +167,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, tokenizer, monkey
 
 
 def test_a_model_larger_than_the_disk_is_refused_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(OutputError, match="0 MB are free"):
         save_checkpoint(tiny_llama(), None, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").rglob("*")} == {"streamline", "run.json"}

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from llm_streamline import output
+from llm_streamline import files
 from llm_streamline.errors import OutputError
 from llm_streamline.output import (
     check_output,
@@ -138,7 +138,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypat
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(output.os, step, fail)
+    monkeypatch.setattr(files.os, step, fail)
     with pytest.raises(OutputError, match="the disk is full"):
         write_text(tmp_path / "a", "new")
     assert tree(tmp_path) == {"a"}
@@ -229,7 +229,7 @@ def test_a_run_killed_while_publishing_can_be_repeated(tmp_path, monkeypatch):
             moved.append(target)
         os.rename(source, target)
 
-    monkeypatch.setattr(output.os, "replace", replace_once)
+    monkeypatch.setattr(files.os, "replace", replace_once)
     with pytest.raises(KeyboardInterrupt):
         put(out, {"a": "1", "b": "1", "config.json": "{}"})
     assert not (out / "config.json").exists()  # the file without which it is no model comes last

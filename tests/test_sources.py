@@ -95,6 +95,12 @@ def test_what_is_not_there(tmp_path, monkeypatch):
     assert "no model at" in refusal("nul\0l")
 
 
+def test_a_revision_belongs_to_a_hub_id(folder):
+    for spec in (folder, "demo"):
+        with pytest.raises(SourceError, match="has no revisions"):
+            resolve_model(spec, revision="main")
+
+
 def test_a_hub_id_offline_says_what_would_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -115,6 +115,8 @@ def _tidy_config(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
         part.dtype = dtype
+        if getattr(part, "use_cache", None) is False:
+            part.use_cache = True  # left over from training; it changes speed only
     config.architectures = [type(model).__name__]
     if type(model).__module__.startswith("transformers."):
         config.auto_map = None  # a stock class needs no code of its own
@@ -128,6 +130,8 @@ def _tidy_config(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
 
 def _tidy_generation(generation: "GenerationConfig") -> None:
     """Unset what has no effect, because transformers refuses to save it: temperature without sampling, and its like."""
+    if generation.use_cache is False:
+        generation.use_cache = True
     unset = []
     if generation.do_sample is not True:
         unset += [key for key in _SAMPLING_KEYS if getattr(generation, key, None) is not None]

@@ -1,34 +1,58 @@
-"""Where results are written: folders that are ours, files that appear whole or not at all, a manifest written last.
+"""Output folders: which are ours, what in them is ours, and a manifest that is written last.
 
-Everything is first written under a temporary name in the same folder, forced to the disk, then renamed, so that a
-killed run or a full disk never leaves half a file under a real name. What we did not write is never overwritten.
+What we did not write is never overwritten or removed. How single files are written is told in `files.py`; its functions
+are offered here too, because whoever writes into an output folder needs both.
 """
 
-import errno
 import json
-import math
 import os
-import re
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from llm_streamline.errors import OutputError
+from llm_streamline.files import (
+    TEMP_PREFIX,
+    check_room,
+    nearest_existing,
+    remove,
+    replace_folder,
+    saving,
+    sync_folder,
+    sync_tree,
+    temporary_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from llm_streamline.version import __version__
+
+__all__ = [
+    "TOOL_FOLDER",
+    "check_output",
+    "check_room",
+    "claim",
+    "is_complete",
+    "open_output",
+    "owned_files",
+    "publish",
+    "read_manifest",
+    "remove_manifest",
+    "replace_folder",
+    "saving",
+    "temporary_folder",
+    "write_bytes",
+    "write_json",
+    "write_manifest",
+    "write_text",
+]
 
 TOOL_FOLDER = "streamline"
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 _OWNED_FILE = "files.json"  # names of the files beside the tool's folder that we wrote
 _TOOL_NAME = "llm-streamline"
-_TEMP_PREFIX = ".streamline-tmp-"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def open_output(path: str | Path, *, fresh: bool = False, source: Path | None = None) -> Path:
@@ -48,8 +72,8 @@ def open_output(path: str | Path, *, fresh: bool = False, source: Path | None = 
             _clear(out)
         (out / TOOL_FOLDER).mkdir(parents=True, exist_ok=True)
         for folder in (out, out / TOOL_FOLDER):
-            for left in folder.glob(f"{_TEMP_PREFIX}*"):  # of a run that was killed while saving
-                _remove(left)
+            for left in folder.glob(f"{TEMP_PREFIX}*"):  # of a run that was killed while saving
+                remove(left)
         if not (out / TOOL_FOLDER / RUN_FILE).is_file():
             started = datetime.now(UTC).isoformat(timespec="seconds")
             write_json(out / TOOL_FOLDER / RUN_FILE, {"tool": _TOOL_NAME, "version": __version__, "started": started})
@@ -64,7 +88,7 @@ def check_output(path: str | Path, *, source: Path | None = None) -> Path:
     """
     try:
         out = Path(path).expanduser()
-        place = _nearest_existing(out)
+        place = nearest_existing(out)
         if "\0" in str(path):
             raise ValueError("a null character in its name")
         if not place.is_dir():
@@ -82,13 +106,6 @@ def check_output(path: str | Path, *, source: Path | None = None) -> Path:
     return out
 
 
-def _nearest_existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
 def _is_ours(out: Path) -> bool:
     try:
         marker = json.loads((out / TOOL_FOLDER / RUN_FILE).read_text(encoding="utf-8"))
@@ -100,178 +117,15 @@ def _is_ours(out: Path) -> bool:
 def _clear(out: Path) -> None:
     """Remove what we wrote and nothing else; the marker goes last, so that the folder stays ours until the end."""
     for name in owned_files(out):
-        _remove(out / name)
+        remove(out / name)
     for path in (out / TOOL_FOLDER).iterdir():
         if path.name not in (RUN_FILE, _OWNED_FILE):
-            _remove(path)
+            remove(path)
     for name in (_OWNED_FILE, RUN_FILE):
-        _remove(out / TOOL_FOLDER / name)
+        remove(out / TOOL_FOLDER / name)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-# --- errors of the file system, in words
-
-
-@contextmanager
-def saving(path: str | Path) -> Iterator[None]:
-    """Turn whatever the file system, safetensors or torch says when they cannot write into one sentence.
-
-    Raises:
-        OutputError: the disk is full, the folder is not writable, or any other failure to write.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(_explain(Path(path), error.errno, error.strerror or str(error))) from error
-    except Exception as error:
-        number = _foreign_errno(error)
-        if number is None:
-            raise
-        raise OutputError(_explain(Path(path), number, str(error))) from error
-
-
-def _explain(path: Path, number: int | None, text: str) -> str:
-    if number in _DISK_FULL:
-        return f"the disk is full: {path} was not written; free some space or choose another folder, then run again"
-    if number in _FORBIDDEN:
-        return f"{path} is not writable ({text}): choose another folder"
-    return f"cannot write {path}: {text}"
-
-
-def _foreign_errno(error: Exception) -> int | None:
-    """The errno inside an error of safetensors (written in Rust) or of torch.save (in C++), None for other errors."""
-    safetensors = sys.modules.get("safetensors")
-    if safetensors is not None and isinstance(error, safetensors.SafetensorError):
-        found = re.search(r"os error (\d+)", str(error))
-        return int(found[1]) if found else errno.EIO
-    if isinstance(error, RuntimeError) and re.search(
-        r"PytorchStreamWriter|inline_container|iostream error", str(error)
-    ):
-        return errno.ENOSPC  # torch does not say why; nothing else makes a write to an open file fail in practice
-    return None
-
-
-def check_room(folder: Path, num_bytes: int) -> None:
-    """Refuse early when the disk that holds `folder` has less than `num_bytes` free.
-
-    Raises:
-        OutputError: too little room; the message gives both sizes.
-    """
-    with saving(folder):
-        free = shutil.disk_usage(_nearest_existing(folder)).free
-    if free < num_bytes:
-        raise OutputError(
-            f"the disk is full: {folder} needs {num_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; free some "
-            "space or choose another folder"
-        )
-
-
-# --- files that appear whole
-
-
-def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write a file atomically and return its path; an existing file is replaced only when all is on the disk.
-
-    Raises:
-        OutputError: the disk is full, or the folder is not writable; the temporary file is removed.
-    """
-    path = Path(path)
-    temporary = None
-    with saving(path):
-        try:
-            handle, temporary = tempfile.mkstemp(prefix=_TEMP_PREFIX, dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-            temporary = None
-            _sync_folder(path.parent)
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-    return path
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text atomically; see `write_bytes`."""
-    return write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON atomically; numbers that are not finite become null, which JSON has and they have not."""
-    return write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` to fill; it takes the place of `path` when the block ends without error.
-
-    Raises:
-        OutputError: the disk is full, or the parent is not writable; what was there before stays.
-    """
-    path = Path(path)
-    with saving(path), temporary_folder(path.parent) as staging:
-        yield staging
-        sync_tree(staging)
-        old = staging.with_name(staging.name + "-old")
-        if path.exists():
-            os.rename(path, old)
-        os.rename(staging, path)
-        _sync_folder(path.parent)
-        if old.exists():
-            _remove(old)
-
-
-@contextmanager
-def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Yield a new folder inside `parent`, removed at the end if it is still there under its name."""
-    staging = Path(tempfile.mkdtemp(prefix=_TEMP_PREFIX, dir=parent))
-    os.chmod(staging, 0o777 & ~_umask())
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def sync_tree(folder: Path) -> None:
-    """Force every file below `folder` to the disk, and give each the permissions of an ordinary new file."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            os.chmod(path, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+# --- publishing
 
 
 def publish(staging: Path, out: Path, last: str) -> None:
@@ -294,9 +148,9 @@ def publish(staging: Path, out: Path, last: str) -> None:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, out / name)
         for name in set(before) - set(names):
-            _remove(out / name)
+            remove(out / name)
         write_json(out / TOOL_FOLDER / _OWNED_FILE, sorted(names))
-        _sync_folder(out)
+        sync_folder(out)
 
 
 def _last(name: str) -> Any:

@@ -7,6 +7,7 @@ run and pickled weights are never opened.
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def resolve_model(spec: str | Path, revision: str | None = None) -> ModelSource:
         MissingExtraError: the demo's or GGUF's package is not installed.
     """
     spec = str(spec)
+    if revision is not None and (spec == "demo" or os.path.exists(spec)):
+        raise SourceError(f"revision {revision!r} was given, but {spec} is not a Hub id, so it has no revisions")
     if spec == "demo":
         return _gguf_source(spec, "demo", _demo_file())
     try:
@@ -85,9 +88,16 @@ def resolve_model(spec: str | Path, revision: str | None = None) -> ModelSource:
     return _hub_source(spec, revision)
 
 
+def model_folder(source: ModelSource) -> Path:
+    """Return the Hugging Face folder that holds the model's files; a GGUF file is converted on first use."""
+    if source.kind in ("gguf", "demo"):
+        return converted_folder(source.path, source.fingerprint)
+    return source.path
+
+
 def load_config(source: ModelSource) -> "PretrainedConfig":
     """Return the model's configuration; a GGUF file is converted first if it has not been."""
-    return read_config(_folder(source), source.spec)
+    return read_config(model_folder(source), source.spec)
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
@@ -98,7 +108,7 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    folder = _folder(source)
+    folder = model_folder(source)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not list(folder.glob("*.tiktoken")):
         raise SourceError(f"{source.spec} has no tokenizer files; copy them (tokenizer.json, ...) into {folder}")
     try:
@@ -136,7 +146,7 @@ def load_model(
 
     check_dtype_name(dtype)
     torch_device = pick_device(device)
-    folder = _folder(source)
+    folder = model_folder(source)
     config = read_config(folder, source.spec)
     weights = read_weights(folder)
     torch_dtype = pick_dtype(dtype, _own_dtype(source, config, weights))
@@ -236,13 +246,6 @@ def _why_not_that_file(path: Path) -> str:
     if path.suffix.lower() == ".safetensors":
         return f"{path} is a weight file; give the folder that holds it and config.json: {path.parent}"
     return f"{path} is not a model: give a Hugging Face folder, a .gguf file, a Hub id or `demo`"
-
-
-def _folder(source: ModelSource) -> Path:
-    """The Hugging Face folder of a source; a GGUF file is converted on first use."""
-    if source.kind in ("gguf", "demo"):
-        return converted_folder(source.path, source.fingerprint)
-    return source.path
 
 
 def _fingerprint(config: dict[str, Any], files: tuple[Path, ...]) -> str:
