@@ -80,7 +80,7 @@ def prove_checkpoint(
     """Reload `out` in a fresh process and compare it with the model in memory; the result is kept in `proof.json`.
 
     The checks, by name: `reload`: no key missing, unexpected or of another shape, no quantisation left in the config,
-    the right dtype. `logits`: equal, in the same dtype on the same device (the CPU if a second copy does not fit there).
+    the right dtype. `logits`: equal, in the same dtype on the same device (the CPU if a second copy does not fit).
     `cache`: greedy generation with cache equals that without, in float32 where it fits, three sequences padded on the
     left, past a sliding window of up to 512. `tokenizer`: same ids, same chat template. `text`: what it writes is not
     degenerate where the original's text is not.
