@@ -413,7 +413,20 @@ def write_run(
         "results.json": result.model_dump_json(indent=1),
         "training.json": json.dumps(training()),
         "recipe.yaml": RECIPE.format(layers=30 - result.models[-1].size.num_layers, kind=kind, objective=objective),
-        "stats.json": json.dumps({"num_tokens": 32_768, "seq_len": 512, "bos": "none", "sources": ["builtin"]}),
+        "stats.json": json.dumps(
+            {
+                "num_tokens": 32_768,
+                "num_windows": 64,
+                "seq_len": 512,
+                "dtype": "bfloat16",
+                "device": "cpu",
+                "text": {
+                    "sources": [{"spec": "builtin", "realised_share": 1.0}],
+                    "bos": {"placed": "nowhere"},
+                    "split": {"by": "sha256 of the document"},
+                },
+            }
+        ),
         "proof.json": json.dumps({"ok": True, "checks": [{"name": "reload", "ok": True, "detail": "no missing key"}]}),
         "manifest.json": json.dumps(
             {"version": 1, "plan": "0a1b", "files": {"model.safetensors": HASH}, "seconds": 390.2}

@@ -98,9 +98,10 @@ def test_text_from_data_is_escaped_everywhere(tmp_path):
 
 def test_training_without_validation_or_that_did_not_help_is_told(tmp_path):
     out = write_run(tmp_path / "run", leave_out=("training.json",))
-    log = training() | {"validation": [], "best_step": 0}
+    log = training() | {"validation": [], "best_step": 0, "starts": {"first": 6.7047, "identity": 6.6536, "last": None}}
     (out / "streamline" / "training.json").write_text(json.dumps(log))
-    assert "Training did not improve on the start" in page_of(out)
+    assert "before training: identity 6.654 and first 6.705." in page_of(out)
+    assert "did not improve on the start, so the start was kept" in page_of(out)
 
 
 def test_a_diverged_training_is_still_drawn(tmp_path):
@@ -184,5 +185,5 @@ def test_the_sentence_leaves_out_what_is_not_known(tmp_path):
 
 def test_a_manifest_that_is_still_to_be_written_is_shown(tmp_path):
     out = write_run(tmp_path / "run", leave_out=("manifest.json",))
-    assert "finished" not in page_of(out)
+    assert "<summary>Manifest" not in page_of(out)
     assert "2025-11-22T09:00" in write_report(out, {"finished": "2025-11-22T09:00"}).read_text(encoding="utf-8")

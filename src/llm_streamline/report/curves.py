@@ -55,8 +55,13 @@ def _training_sentence(run: Run) -> str:
     if log.tokens_per_second:
         parts.append(f"{words.count(log.tokens_per_second)} tokens per second")
     text = ", ".join(parts) + "."
+    judged = "by next-token loss" if any(point.lm_loss is not None for point in log.validation) else "by loss"
     if log.best_step == 0:
-        text += " Training did not improve on the start, so the start was kept."
+        text += f" Judged {judged} on validation text it did not improve on the start, so the start was kept."
     elif log.best_step is not None:
-        text += f" The state after step {log.best_step:,}, best on validation text, was kept."
+        text += f" The state after step {log.best_step:,}, best {judged} on validation text, was kept."
+    starts = sorted((loss, name) for name, loss in log.starts.items() if loss is not None)
+    if len(starts) > 1:
+        tried = words.listed([f"{name} {words.decimal(loss, 3)}" for loss, name in starts])
+        text += f" Starts that were tried, by held-out loss before training: {tried}."
     return text

@@ -82,9 +82,7 @@ def render(run: Run) -> str:
         "strip": _strip(run),
         "unsound": proof_failure(run.proof),
         "verdict": judge(pair) if pair else None,
-        "no_verdict": ""
-        if run.plan is None
-        else "The result was not compared with the original: run `llm-streamline evaluate`.",
+        "no_verdict": "" if run.plan is None else "The result was not compared with the original.",
         "keys": _keys(pair) if pair else [],
         **_similarity(run),
         **_choice(run),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from llm_streamline.report import svg
-from llm_streamline.report.plots import WIDTH, Point, grid
+from llm_streamline.report.plots import WIDTH, Point, grid, left_margin
 from llm_streamline.report.svg import Scale
 
 
@@ -43,16 +43,17 @@ def scatter(
     spots: Sequence[Spot], *, x_label: str, y_label: str, low_x: bool, low_y: bool, log_y: bool = False
 ) -> Markup:
     """Quality against cost: the models on the Pareto front are joined, the original is a ring."""
-    left, right, top, height = 58.0, WIDTH - 18, 20.0, 330.0
+    right, top, height = WIDTH - 18, 20.0, 330.0
     bottom = height - 46
     log_y = log_y and min(spot.y for spot in spots) > 0
     ys = [spot.y for spot in spots]
-    across = Scale(*svg.padded([spot.x for spot in spots], 0.1), left, right)
     up = (
         Scale(min(ys) / 1.12, max(ys) * 1.12, bottom, top, log=True)
         if log_y
         else Scale(*svg.padded(ys, 0.1), bottom, top)
     )
+    left = left_margin(up)
+    across = Scale(*svg.padded([spot.x for spot in spots], 0.1), left, right)
     parts = grid(across, up, left, right, bottom, x_label, y_label, height)
     front = pareto_front([(spot.x, spot.y) for spot in spots], low_x=low_x, low_y=low_y)
     ahead = {spots[i].key for i in front}

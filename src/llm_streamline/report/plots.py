@@ -47,14 +47,15 @@ def line_chart(
     label: str = "",
 ) -> Markup:
     """Lines over a common x axis, named in a legend above."""
-    left, right, top, height = 52.0, WIDTH - 14, 34.0, 270.0
+    right, top, height = WIDTH - 14, 34.0, 270.0
     bottom = height - 46
     points = [point for one in series for point in (*one.points, *one.faint)]
     values = [y for _, y in points]
     log_y = log_y and min(values) > 0
     low, high = (min(values) / 1.1, max(values) * 1.1) if log_y else svg.padded(values)
-    across = Scale(min(x for x, _ in points), max(x for x, _ in points), left, right)
     up = Scale(low, high, bottom, top, log=log_y)
+    left = left_margin(up)
+    across = Scale(min(x for x, _ in points), max(x for x, _ in points), left, right)
     parts = grid(across, up, left, right, bottom, x_label, y_label, height)
     for mark in marks:
         x = across(mark.x)
@@ -82,6 +83,11 @@ def line_chart(
         parts.append(svg.text(x + 23, 17, one.name, "tick"))
         x += 23 + 7.6 * len(one.name) + 18
     return svg.drawing(WIDTH, height, parts, label or f"{y_label} over {x_label}")
+
+
+def left_margin(up: Scale) -> float:
+    """Room for the longest label of a y axis and the axis's name."""
+    return max(52.0, 28 + 8.4 * max((len(svg.short(value)) for value in up.ticks(5)), default=0))
 
 
 def grid(

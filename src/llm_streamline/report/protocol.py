@@ -22,8 +22,7 @@ def protocol(run: Run) -> list[tuple[str, str]]:
         if run.plan.selection:
             rows.append(("Method", run.plan.selection.method))
         rows.append(("Plan", f"{run.plan.describe()}; digest {run.plan.digest()}"))
-    if run.stats:
-        rows += [(f"Calibration, {name}", text) for name, text in flat(run.stats, most=14)]
+    rows += _calibration_rows(run.stats)
     if run.pair is None:
         return rows
     rows += _model_rows(run.pair.after)
@@ -43,6 +42,34 @@ def protocol(run: Run) -> list[tuple[str, str]]:
         rows.append(("Command", source.command))
     rows.append(("Evaluated", f"{source.started_at}, in {words.duration(source.seconds)}"))
     rows += [(f"Data, {words.model_name(name)}", f"sha256 {value[:16]}") for name, value in source.data_hashes.items()]
+    return rows
+
+
+def _calibration_rows(stats: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the similarities were measured on, as far as `stats.json` says."""
+    rows = []
+    if "num_tokens" in stats:
+        windows = f" in {words.plural(stats['num_windows'], 'window')}" if "num_windows" in stats else ""
+        length = f" of {stats['seq_len']}" if "seq_len" in stats else ""
+        machine = ", ".join(str(stats[key]) for key in ("dtype", "device") if key in stats)
+        rows.append(
+            ("Calibration", f"{words.count(stats['num_tokens'])} tokens{windows}{length}, {machine}".rstrip(", "))
+        )
+    text = stats.get("text")
+    if not isinstance(text, Mapping):
+        return rows
+    sources = [
+        f"{source.get('spec')} ({words.percent(source['realised_share'])} of tokens)"
+        for source in text.get("sources", ())
+        if isinstance(source, Mapping) and "realised_share" in source
+    ]
+    if sources:
+        rows.append(("Calibration text", words.listed(sources)))
+    for name, key in (("Beginning of text", "bos"), ("End of text", "eos")):
+        if isinstance(text.get(key), Mapping) and "placed" in text[key]:
+            rows.append((name, str(text[key]["placed"])))
+    if isinstance(text.get("split"), Mapping) and "by" in text["split"]:
+        rows.append(("Split of text", f"by {text['split']['by']}; no document is in two sets"))
     return rows
 
 
@@ -83,7 +110,7 @@ def _model_rows(model: ModelResult) -> list[tuple[str, str]]:
 
 def flat(data: Mapping[str, Any], most: int = MOST_ROWS) -> list[tuple[str, str]]:
     """Nested data as dotted names and text, long values cut, at most `most` rows."""
-    rows = list(_walk(data, ""))
+    rows = list(_walk(data, "")) if data else []
     shown = rows[:most]
     return [*shown, ("…", f"{len(rows) - most} more in the file")] if len(rows) > most else shown
 

@@ -55,6 +55,7 @@ class TrainingLog(_Entry):
     seconds: float | None = None
     tokens_per_second: float | None = None
     objective: str | dict[str, float] | None = None
+    starts: dict[str, float | None] = {}  # held-out loss of each start that was tried
 
     @property
     def tokens(self) -> int:
