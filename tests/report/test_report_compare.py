@@ -107,7 +107,7 @@ def test_hostile_names_are_escaped(tmp_path):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_its_terminal(width):
-    text = printed(*before_after_table(results(), width=width), width=width)
+    text = printed(*before_after_table(results()), width=width)
     assert "…" not in text
     assert "\u00a0" not in text
     lines = {line.split("  ")[1]: line for line in text.splitlines() if line.startswith("  ")}
@@ -117,7 +117,7 @@ def test_the_table_fits_its_terminal(width):
 
 
 def test_names_with_brackets_are_text_not_markup():
-    text = printed(*before_after_table(results(name="[bold]model[/bold]"), width=120))
+    text = printed(*before_after_table(results(name="[bold]model[/bold]")))
     assert "[bold]model[/bold]" in text
 
 
@@ -182,3 +182,16 @@ def test_texts_stand_side_by_side():
     assert "clockmaker" not in printed(generation_table(results(), most=2), width=100)
     silent = [m.model_copy(update={"generation": None}) for m in results().models]
     assert generation_table(results().model_copy(update={"models": tuple(silent)})) is None
+
+
+def test_control_codes_of_a_model_do_not_reach_the_terminal():
+    whole = results()
+    made = whole.models[1].generation
+    rude = made.model_copy(
+        update={"continuations": (made.continuations[0].model_copy(update={"text": "a\x1b[2Jb\x9bc"}),)}
+    )
+    models = (whole.models[0], whole.models[1].model_copy(update={"generation": rude}))
+    text = printed(generation_table(whole.model_copy(update={"models": models})))
+    assert "a\N{REPLACEMENT CHARACTER}[2Jb" in text
+    assert "\x1b" not in text
+    assert "\x9b" not in text

@@ -46,10 +46,14 @@ def test_a_model_is_named_without_the_way_to_it(spec, name):
 
 
 def test_only_flips_add_to_the_error_of_a_paired_difference():
-    assert paired_stderr(0, 0, 100) == 0
-    # 10 lost, 10 won of 100: mean change 0, variance of one change 0.2
-    assert paired_stderr(10, 10, 100) == pytest.approx(math.sqrt(0.2 / 100))
-    assert paired_stderr(100, 0, 100) == 0  # every answer lost: no doubt left
+    # 10 lost, 10 won of 100, half a question added to each of four outcomes: mean change 0, 21 flips in 102
+    assert paired_stderr(10, 10, 100) == pytest.approx(math.sqrt(21 / 102 / 102))
+    assert paired_stderr(0, 0, 100) < paired_stderr(1, 1, 100) < paired_stderr(10, 10, 100)
+    assert paired_stderr(3, 3, 1000) < paired_stderr(3, 3, 100)
+
+
+def test_few_questions_without_a_flip_are_no_certainty():
+    assert 1.96 * paired_stderr(0, 0, 18) > 0.09
 
 
 def test_the_table_shows_the_ratio_that_the_results_hold():
@@ -134,3 +138,14 @@ def test_the_choice_is_explained():
     assert "a clear lead" in text
     assert [c.start for c in ranked(plan().selection)] == [12, 13, 11, 10, 9]
     assert [row["chosen"] for row in candidate_rows(plan().selection, chosen)] == [True, False, False, False, False]
+
+
+def test_several_texts_stand_apart():
+    whole = results()
+    models = [
+        m.model_copy(update={"perplexity": (*m.perplexity, m.perplexity[0].model_copy(update={"name": "other.txt"}))})
+        for m in whole.models
+    ]
+    rows = figures(pairs(whole.model_copy(update={"models": tuple(models)}))[0])
+    groups = {row.group for row in rows if row.label == "perplexity"}
+    assert groups == {"Language modelling, wikitext2-valid.txt", "Language modelling, other.txt"}

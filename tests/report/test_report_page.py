@@ -102,6 +102,7 @@ def test_training_without_validation_or_that_did_not_help_is_told(tmp_path):
     (out / "streamline" / "training.json").write_text(json.dumps(log))
     assert "before training: identity 6.654 and first 6.705." in page_of(out)
     assert "did not improve on the start, so the start was kept" in page_of(out)
+    assert "by one decoder layer, which training did not improve, so its start was kept:" in page_of(out)
 
 
 def test_a_diverged_training_is_still_drawn(tmp_path):

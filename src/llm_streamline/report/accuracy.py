@@ -12,9 +12,12 @@ def paired_stderr(lost: int, won: int, questions: int) -> float:
     """Standard error of the difference of two accuracies on the same questions: only flips contribute.
 
     A flip changes the sum by one, so the variance of a question's change is p_lost + p_won - (p_won - p_lost)^2.
+    Half a question is added to each of the four outcomes (Agresti and Min 2005), so that a few questions without a
+    flip do not look like certainty.
     """
+    lost, won, questions = lost + 0.5, won + 0.5, questions + 2
     share = (won - lost) / questions
-    return math.sqrt(max((lost + won) / questions - share**2, 0) / questions)
+    return math.sqrt(((lost + won) / questions - share**2) / questions)
 
 
 def collapsed(tasks: Sequence[TaskResult]) -> list[TaskResult]:

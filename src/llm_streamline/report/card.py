@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,13 @@ def _fence(content: str) -> str:
 
 
 def _rows(pair: Pair) -> list[Figure]:
-    return [row for row in figures(pair) if row.group not in _LEFT_OUT_OF_CARD]
+    rows = []
+    for row in figures(pair):
+        group, _, text = row.group.partition(", ")  # the text, where several were read
+        label = f"stability, {row.label}" if group == "Stability" else f"{row.label}, {text}" if text else row.label
+        if group not in _LEFT_OUT_OF_CARD:
+            rows.append(replace(row, label=label))
+    return rows
 
 
 def _speed(pair: Pair) -> str:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm_streamline.evaluation.result import (
+    DivergenceResult,
+    PerplexityComparison,
+    PerplexityResult,
     SizeResult,
     SpeedRatio,
     StabilityResult,
@@ -119,52 +122,65 @@ def perplexity_text(perplexity: float, nll: float, stderr: float | None) -> str:
 def _language(pair: Pair) -> Iterator[Figure]:
     befores = {p.name: p for p in pair.before.perplexity} if pair.before else {}
     ratios = {p.name: p for p in pair.both.perplexity} if pair.both else {}
-    several = len(pair.after.perplexity) > 1
+    divergences = {d.name: d for d in pair.both.divergence} if pair.both else {}
     for after in pair.after.perplexity:
-        name, before, ratio = words.model_name(after.name), befores.get(after.name), ratios.get(after.name)
-        suffix = f", {name}" if several else ""
-        interval = ""
-        if ratio and ratio.nll_difference_stderr is not None:
-            spread = Z * ratio.nll_difference_stderr
-            ends = (math.exp(ratio.nll_difference + side * spread) for side in (-1, 1))
-            interval = between(*map(decimal, ends))
-        yield Figure(
-            "Language modelling",
-            f"perplexity{suffix}",
-            perplexity_text(before.perplexity, before.nll, before.nll_stderr) if before else MISSING,
-            perplexity_text(after.perplexity, after.nll, after.nll_stderr),
-            times(ratio.ratio) if ratio else "",
-            interval,
-            _trend(ratio.ratio - 1, low_is_good=True, noise=0.001) if ratio else "",
-            f"{name}, {words.count(after.num_tokens)} tokens, context {after.context}, BOS {after.bos}",
-        )
+        name = words.model_name(after.name)
+        group = f"Language modelling, {name}" if len(pair.after.perplexity) > 1 else "Language modelling"
+        yield _perplexity(group, name, befores.get(after.name), after, ratios.get(after.name))
         if after.bits_per_byte is not None:
-            known = before is not None and before.bits_per_byte is not None
-            change = after.bits_per_byte - before.bits_per_byte if known else None
-            yield Figure(
-                "Language modelling",
-                f"bits per byte{suffix}",
-                decimal(before.bits_per_byte, 3) if known else MISSING,
-                decimal(after.bits_per_byte, 3),
-                "" if change is None else words.signed(change, 3),
-                trend="" if change is None else _trend(change, low_is_good=True, noise=0.001),
-            )
-    for kl in pair.both.divergence if pair.both else ():
-        suffix = f", {words.model_name(kl.name)}" if several else ""
-        yield Figure(
-            "Language modelling",
-            f"KL from the original{suffix}",
-            after=f"{decimal(kl.kl_mean, 3)} nats",
-            interval=_spread(kl.kl_mean, kl.kl_stderr, lambda value: decimal(value, 3)),
-            note=f"median {decimal(kl.kl_median, 3)}, 99th percentile {decimal(kl.kl_p99)}, most {decimal(kl.kl_max)}",
-        )
-        yield Figure(
-            "Language modelling",
-            f"same likeliest token{suffix}",
-            after=percent(kl.top1_agreement),
-            interval=_spread(kl.top1_agreement, kl.top1_agreement_stderr, _bare_percent),
-            note=f"share of {words.count(kl.num_tokens)} positions",
-        )
+            yield _bits(group, befores.get(after.name), after)
+        if after.name in divergences:
+            yield from _divergence(group, divergences[after.name])
+
+
+def _perplexity(
+    group: str, name: str, before: PerplexityResult | None, after: PerplexityResult, ratio: PerplexityComparison | None
+) -> Figure:
+    interval = ""
+    if ratio and ratio.nll_difference_stderr is not None:
+        spread = Z * ratio.nll_difference_stderr
+        interval = between(*(decimal(math.exp(ratio.nll_difference + side * spread)) for side in (-1, 1)))
+    return Figure(
+        group,
+        "perplexity",
+        perplexity_text(before.perplexity, before.nll, before.nll_stderr) if before else MISSING,
+        perplexity_text(after.perplexity, after.nll, after.nll_stderr),
+        times(ratio.ratio) if ratio else "",
+        interval,
+        _trend(ratio.ratio - 1, low_is_good=True, noise=0.001) if ratio else "",
+        f"{name}, {words.count(after.num_tokens)} tokens, context {after.context}, BOS {after.bos}",
+    )
+
+
+def _bits(group: str, before: PerplexityResult | None, after: PerplexityResult) -> Figure:
+    if before is None or before.bits_per_byte is None:
+        return Figure(group, "bits per byte", after=decimal(after.bits_per_byte, 3))
+    change = after.bits_per_byte - before.bits_per_byte
+    return Figure(
+        group,
+        "bits per byte",
+        decimal(before.bits_per_byte, 3),
+        decimal(after.bits_per_byte, 3),
+        words.signed(change, 3),
+        trend=_trend(change, low_is_good=True, noise=0.001),
+    )
+
+
+def _divergence(group: str, kl: DivergenceResult) -> Iterator[Figure]:
+    yield Figure(
+        group,
+        "KL from the original",
+        after=f"{decimal(kl.kl_mean, 3)} nats",
+        interval=_spread(kl.kl_mean, kl.kl_stderr, lambda value: decimal(value, 3)),
+        note=f"median {decimal(kl.kl_median, 3)}, 99th percentile {decimal(kl.kl_p99)}, most {decimal(kl.kl_max)}",
+    )
+    yield Figure(
+        group,
+        "same likeliest token",
+        after=percent(kl.top1_agreement),
+        interval=_spread(kl.top1_agreement, kl.top1_agreement_stderr, _bare_percent),
+        note=f"share of {words.count(kl.num_tokens)} positions",
+    )
 
 
 def _bare_percent(share: float) -> str:

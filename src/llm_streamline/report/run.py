@@ -242,5 +242,7 @@ def _many_edits(run: Run, total: int) -> str:
 def _training_words(run: Run) -> str:
     if run.training is None or not run.training.tokens or not any(isinstance(e, Replace) for e in run.plan.edits):
         return ""
+    if run.training.best_step == 0:
+        return ", which training did not improve, so its start was kept"
     purpose = run.training.objective_words()
     return f", trained on {words.count(run.training.tokens)} tokens{' ' + purpose if purpose else ''}"

@@ -1,11 +1,11 @@
 """Tables for the terminal: before and after, the preview of a plan, many runs side by side. Nothing is printed here."""
 
-import shutil
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +20,7 @@ from llm_streamline.report.run import Run
 from llm_streamline.report.selection import candidate_rows
 from llm_streamline.report.verdict import Verdict, judge, thresholds
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 STYLES = {"better": "green", "worse": "red", "same": "", "": ""}
 LEVEL_STYLES = {"kept": "bold green", "partly": "bold yellow", "unclear": "bold yellow", "lost": "bold red"}
 
@@ -40,19 +41,24 @@ class Preview:
 
 
 def _text(content: str, style: str = "") -> Text:
-    # never markup: names of tasks and models may hold square brackets
-    return Text(words.plain(content), style=style)
+    # never markup, for names may hold square brackets; never control codes, for models may write them
+    return Text(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", words.plain(content)), style=style)
 
 
-def before_after_table(results: Results, width: int | None = None) -> list[Table]:
-    """A table for each model that was measured, with the original beside it where there is one.
+@dataclass(frozen=True)
+class BeforeAfter:
+    """A table that suits the width it is printed in: below 100 columns the values go without their own intervals."""
 
-    Args:
-        results: what `evaluate` measured.
-        width: columns of the terminal, found out by default; below 100 the values go without their own intervals.
-    """
-    width = width or shutil.get_terminal_size((100, 24)).columns
-    return [_pair_table(pair, own_intervals=width >= 100) for pair in pairs(results)]
+    pair: Pair
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        """What rich asks for when it prints."""
+        yield _pair_table(self.pair, own_intervals=options.max_width >= 100)
+
+
+def before_after_table(results: Results) -> list[BeforeAfter]:
+    """A table for each model that was measured, beside its original where there is one; rich prints them."""
+    return [BeforeAfter(pair) for pair in pairs(results)]
 
 
 def _pair_table(pair: Pair, own_intervals: bool) -> Table:
