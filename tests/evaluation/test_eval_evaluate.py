@@ -11,6 +11,7 @@ from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ConfigError, NumericsError, OutputError, StreamlineError, TaskError, TextError
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.evaluate import evaluate, gate_failures
+from llm_streamline.evaluation.material import check_config
 from llm_streamline.evaluation.result import Results
 from llm_streamline.evaluation.stability import stability
 
@@ -57,13 +58,14 @@ def test_everything_at_once_is_the_same_for_a_seed_but_for_times(files):
     assert [(model.name, model.role) for model in first.models] == [("original", "original"), ("small", "model")]
     small, pair = first.model("small"), first.comparisons[0]
     assert small.size.num_layers == 5
+    assert small.tasks[2].name == "continuation:prose"
     assert [task.name for task in small.tasks][:2] == ["quiz", "pairs"]
     assert all(task.num_items == 4 for task in small.tasks)
     assert pair.perplexity[0].ratio == pytest.approx(
         small.perplexity[0].perplexity / first.model("original").perplexity[0].perplexity, rel=1e-6
     )
     assert pair.divergence[0].kl_mean > 0
-    assert [(one.task, one.sigma) for one in pair.stability[:2]] == [("quiz", "ppl"), ("pairs", "ppl")]
+    assert [(one.task, one.sigma) for one in pair.stability[:2]] == [("quiz", "nll"), ("pairs", "nll")]
     assert len(pair.stability) == 6
     assert pair.stability_averages[0].name == "all"
     assert pair.speed.decode.ideal_ratio == pytest.approx(8 / 5)
@@ -170,6 +172,7 @@ def test_results_are_only_written_over_results(files):
         ({"context": 1000}, ConfigError, "1000 tokens is longer than the model's 512 positions"),
         ({"tasks": ("nowhere.jsonl",)}, TaskError, "cannot read the task file"),
         ({"tasks": ("continuation:nowhere.txt",)}, TextError, "nowhere.txt"),
+        ({"tasks": (__file__,)}, TaskError, "is no multiple-choice file"),
         ({"speed": True, "speed_prompt_tokens": 600}, StreamlineError, "602 positions"),
     ],
 )
@@ -177,6 +180,9 @@ def test_impossible_requests_are_refused(files, changes, error, message):
     settings = config(files, tasks=(), generation=False, speed=False).model_copy(update=changes)
     with pytest.raises(error, match=message):
         evaluate(loaded(), config=settings)
+    if "positions" not in message:
+        with pytest.raises(error, match=message):
+            check_config(settings)
 
 
 def test_a_broken_model_is_named_before_the_slow_work(files):

@@ -193,6 +193,12 @@ def can_pack(reader: LogitReader, longest: int) -> bool:
         return False
     if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
+    if reader.takes_packed is None:
+        reader.takes_packed = _packs_exactly(reader)
+    return reader.takes_packed
+
+
+def _packs_exactly(reader: LogitReader) -> bool:
     ids = [i % reader.vocab_size for i in range(3, 15)]
     choices = [Choice((*ids[:6], *rest, 0), 1) for rest in ((ids[6], ids[7]), (ids[8], ids[9], ids[10]))]
     packed = _packed_row(0, choices)
@@ -271,10 +277,11 @@ def score_task(
         for batch in _batches(rows, batch_size, batch_tokens):
             inputs = _packed_inputs(batch, reader) if pack else {"input_ids": _pad(batch, "tokens")}
             states_BTd = reader.states(**inputs)
-            wanted = [(b, place, target) for b, row in enumerate(batch) for place, target, _ in row.scored]
-            index = torch.tensor(wanted, device=states_BTd.device)
+            # choices that begin alike share scored tokens: each is looked up once
+            wanted = {(b, place, target): 0 for b, row in enumerate(batch) for place, target, _ in row.scored}
+            index = torch.tensor(list(wanted), device=states_BTd.device)
             found_N = reader.log_probs(states_BTd[index[:, 0], index[:, 1]], index[:, 2])
-            _add_up(batch, found_N, sums, task)
+            _add_up(batch, dict(zip(wanted, found_N.tolist(), strict=True)), sums, task)
             bar.advance(len(batch))
     strip = len(task.delimiter)
     return [
@@ -289,11 +296,10 @@ def score_task(
     ]
 
 
-def _add_up(batch: Sequence[_Row], found_N: Tensor, sums: list[list[float]], task: ChoiceTask) -> None:
-    at = 0
-    for row in batch:
-        values = found_N[at : at + len(row.scored)]
-        check_finite(values, f"task {task.name}, question '{task.items[row.item].id}'")
-        for (_, _, number), value in zip(row.scored, values.tolist(), strict=True):
+def _add_up(batch: Sequence[_Row], found: dict, sums: list[list[float]], task: ChoiceTask) -> None:
+    """Add the log-probability of every scored token, by (row, place, target), to its choice."""
+    for b, row in enumerate(batch):
+        values = [found[b, place, target] for place, target, _ in row.scored]
+        check_finite(torch.tensor(values), f"task {task.name}, question '{task.items[row.item].id}'")
+        for (_, _, number), value in zip(row.scored, values, strict=True):
             sums[row.item][number] += value
-        at += len(row.scored)

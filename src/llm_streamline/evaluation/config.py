@@ -31,8 +31,8 @@ class EvaluationConfig(FrozenModel):
     batch_size: PositiveInt | None = Field(None, description="sequences in a forward pass; none: by token budget")
     batch_tokens: PositiveInt = Field(4096, description="token budget of a forward pass when batch_size is none")
 
-    sigma: tuple[Literal["ppl", "nll"], ...] = Field(
-        ("ppl", "nll"), description="spreads that stability is weighted by"
+    sigma: tuple[Literal["nll", "ppl"], ...] = Field(
+        ("nll", "ppl"), description="spreads that stability is weighted by; the first is the one to quote"
     )
     bootstrap: int = Field(1000, ge=0, description="bootstrap samples of the intervals; 0: no intervals")
 

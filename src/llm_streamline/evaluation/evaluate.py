@@ -1,5 +1,6 @@
 """One whole evaluation, readable top to bottom: models in, one record and the per-item logs out."""
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -165,7 +166,7 @@ def _provenance(config, place, hashes, material, started, clock, command, plan_h
 
 
 def _check_out(path: Path) -> Path:
-    """Refuse to overwrite what is not a result file of ours."""
+    """Refuse to overwrite what is not a result file of ours, and a place where nothing can be written."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name the result file, such as {path / 'results.json'}.")
     if path.exists():
@@ -173,6 +174,9 @@ def _check_out(path: Path) -> Path:
             Results.load(path)
         except StreamlineError:
             raise OutputError(f"{path} exists and is no result file of ours; choose another name.") from None
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise OutputError(f"{path} cannot be written: {place} is not a writable folder.")
     return path
 
 

@@ -1,10 +1,11 @@
 """What an evaluation needs before any model runs: texts and questions, found and checked early."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_streamline.data.spec import parse_spec
+from llm_streamline.data.spec import TextSpec, parse_spec
 from llm_streamline.data.text import open_text, read_whole_text
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ConfigError, TaskError
@@ -67,19 +68,15 @@ def gather(config: EvaluationConfig, tokenizer=None, windows: Mapping[str, Windo
     Raises:
         TextError, TaskError, MissingExtraError: something asked for is not there or cannot be used.
     """
+    _refuse_twins([*(windows or {}), *config.perplexity])
     material = Material(config, windows or {})
-    names = [*material.windows, *config.perplexity]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"the text '{twice[0]}' is asked for twice.")
     for spec in config.perplexity:
         material.texts[spec] = _text(spec, config.tokens)
     for name in config.tasks:
-        if name == _CONTINUATION or name.startswith(f"{_CONTINUATION}:"):
+        if is_continuation(name):
             task = _continuation(name, config, tokenizer, material.windows)
-        elif is_choice_file(name):
+        elif _is_local(name):
             task = read_choice_file(name)
-        elif Path(name).is_file():
-            raise TaskError(f"{name} is no multiple-choice file: those end in .jsonl or .jsonl.gz.")
         else:
             material.harness_tasks.append(name)
             continue
@@ -91,11 +88,50 @@ def gather(config: EvaluationConfig, tokenizer=None, windows: Mapping[str, Windo
     return material
 
 
-def _text(spec: str, tokens: int | None) -> str:
-    """Read a text for perplexity; of what is long or endless only as much as is sure to give the tokens."""
+def check_config(config: EvaluationConfig) -> None:
+    """Refuse what can be refused at once, before any model is loaded; texts are probed, not read.
+
+    Raises:
+        ConfigError, TextError, TaskError, MissingExtraError: something asked for is not there or cannot be used.
+    """
+    _refuse_twins(config.perplexity)
+    names = [name for name in config.tasks if not is_continuation(name)]
+    for spec in (*config.perplexity, *(name.partition(":")[2] for name in config.tasks if is_continuation(name))):
+        if spec:
+            open_text(_checked_spec(spec, config.tokens))
+    for name in names:
+        if _is_local(name):
+            with_examples(read_choice_file(name), config.num_fewshot)
+    if harness := [name for name in names if not _is_local(name)]:
+        check_task_names(harness)
+
+
+def _refuse_twins(names: Sequence[str]) -> None:
+    if twice := [name for name in names if list(names).count(name) > 1]:
+        raise ConfigError(f"the text '{twice[0]}' is asked for twice.")
+
+
+def is_continuation(name: str) -> bool:
+    """Whether a task's name is `continuation` or `continuation:TEXT`."""
+    return name.partition(":")[0] == _CONTINUATION
+
+
+def _is_local(name: str) -> bool:
+    if not is_choice_file(name) and Path(name).is_file():
+        raise TaskError(f"{name} is no multiple-choice file: those end in .jsonl or .jsonl.gz.")
+    return is_choice_file(name)
+
+
+def _checked_spec(spec: str, tokens: int | None) -> TextSpec:
     parsed = parse_spec(spec)
     if parsed.kind == "hub" and tokens is None:
         raise ConfigError(f"say how many tokens of the data set '{spec}' to take (--tokens).")
+    return parsed
+
+
+def _text(spec: str, tokens: int | None) -> str:
+    """Read a text for perplexity; of what is long or endless only as much as is sure to give the tokens."""
+    parsed = _checked_spec(spec, tokens)
     if parsed.kind == "files" or tokens is None:
         return read_whole_text(parsed)
     wanted, pieces = tokens * _CHARACTERS_PER_TOKEN, []
@@ -116,5 +152,7 @@ def _continuation(name: str, config: EvaluationConfig, tokenizer, windows: Mappi
         spec = spec or (config.perplexity[0] if config.perplexity else "builtin")
         texts = (document.text for document in open_text(spec).documents())
     wanted = config.limit and config.limit + config.num_fewshot
-    label = name.replace("/", "_") if name != _CONTINUATION else _CONTINUATION
+    source = parse_spec(spec).source if spec else ""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name.split(".")[0]).strip("-")
+    label = f"{_CONTINUATION}:{stem}" if ":" in name and stem else _CONTINUATION
     return continuation_task(texts, name=label, num_items=wanted, seed=config.seed)

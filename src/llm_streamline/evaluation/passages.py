@@ -18,7 +18,7 @@ NUM_WRONG = 3
 NUM_ITEMS = 200
 _OWN_DOCUMENT_BLOCKS = 8  # with so many passages, wrong continuations come from the same document
 _CANDIDATES = 12  # wrong continuations drawn, of which the three of nearest length are taken
-_MAX_CHARACTERS = 20_000_000  # of text read; a longer source is used up to here
+_MAX_CHARACTERS = 4_000_000  # of text read; a longer source is used up to here
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,11 @@
 
 Accuracy hides damage: answers won by luck cancel answers lost. Stability counts a question as kept when original and
 model are both right or both wrong, and weights it by exp(sigma), sigma being the spread of the original's scores over
-the choices. Shapes: N questions, C choices (it may differ between questions), B bootstrap samples.
+the choices. sigma is taken of length-normalised NLLs ('nll') or of perplexities ('ppl'). The paper says perplexity, but
+what its script reads, OpenCompass's field "PPL", is a mean NLL; and exp of the spread of raw perplexities lets one or
+two questions carry all the weight. So 'nll' is the one to quote.
+
+Shapes: N questions, C choices (it may differ between questions), B bootstrap samples.
 """
 
 import math
@@ -88,7 +92,7 @@ def bootstrap_intervals(
 
 
 def compare_answers(
-    original: Answers, model: Answers, sigma: str = "ppl", *, bootstrap: int = 1000, seed: int = 0
+    original: Answers, model: Answers, sigma: str = "nll", *, bootstrap: int = 1000, seed: int = 0
 ) -> StabilityResult:
     """Compare two models' answers on one data set.
 
@@ -217,7 +221,7 @@ def compare_logs(
     original: Mapping[str, Answers],
     model: Mapping[str, Answers],
     *,
-    sigma: Sequence[str] = ("ppl", "nll"),
+    sigma: Sequence[str] = ("nll", "ppl"),
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> tuple[tuple[StabilityResult, ...], tuple[StabilityAverage, ...]]:
@@ -244,7 +248,7 @@ def stability(
     original: str | Path,
     model: str | Path,
     *,
-    sigma: Sequence[str] = ("ppl", "nll"),
+    sigma: Sequence[str] = ("nll", "ppl"),
     metric: str = "acc",
     bootstrap: int = 1000,
     seed: int = 0,

@@ -4,6 +4,7 @@ Local multiple-choice files run as tasks of its own kind, written as YAML beside
 of our light scorer can be checked against it.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -188,7 +189,7 @@ def _run(model, tokenizer, names, manager, limit, num_fewshot, batch_size, max_l
     with _quiet():
         wrapped = HFLM(
             pretrained=model,
-            tokenizer=tokenizer,
+            tokenizer=copy.deepcopy(tokenizer),  # the harness gives it a pad token
             batch_size=batch_size or 8,
             max_length=max_length,
             # its default is the model's dtype: a bfloat16 log-softmax is good for two digits
