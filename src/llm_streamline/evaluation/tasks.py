@@ -241,7 +241,7 @@ def _outcome(name: str, found: dict, group: str | None, limit: int | None) -> Ha
     known = ("acc", "acc_norm")
     result = TaskResult(
         name=name,
-        group=group or group_of(name),
+        group=group_of(name) or group,  # all subjects of MMLU are one group, not four
         scorer="lm-eval",
         num_items=num_items,
         limit=limit,
