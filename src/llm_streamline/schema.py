@@ -1,7 +1,7 @@
 """The base of everything we read from and write to files: frozen pydantic models with strict keys, and clear errors."""
 
 import difflib
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -51,16 +51,25 @@ def _explain(problem: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _keys_at(model: type[BaseModel], location: tuple) -> list[str]:
-    """The keys allowed at `location`, following nested models by their annotation where that is one model."""
-    here: Any = model
+    """The keys allowed at `location`, following nested models, tuples of them and the tags of unions."""
+    here = [model]
     for part in location:
-        fields = getattr(here, "model_fields", None)
-        if not fields or part not in fields:
-            continue  # an index into a tuple, or the tag of a union
-        annotation = fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        here = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), here)
-    return list(getattr(here, "model_fields", {}))
+        if isinstance(part, int):
+            continue  # an index into a tuple
+        deeper = [m for one in here if part in one.model_fields for m in _models_in(one.model_fields[part].annotation)]
+        here = deeper or [one for one in here if _has_tag(one, part)] or here
+    return sorted({name for one in here for name in one.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models named anywhere in a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]
+
+
+def _has_tag(model: type[BaseModel], tag: str) -> bool:
+    return any(tag in get_args(field.annotation) for field in model.model_fields.values())
 
 
 def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
