@@ -59,8 +59,9 @@ def test_no_edit_means_no_change():
 
 def test_the_sentence_tells_span_network_and_count():
     assert FULL.describe() == (
-        "remove 2 of 12 layers [1, 3); remove 3 of 12 layers [4, 7) and put 2 decoder layers in their place; remove 3 of "
-        "12 layers [8, 11) and put a linear map (folded into the layer before) in their place: 12 -> 6 layers"
+        "remove 2 of 12 layers [1, 3); remove 3 of 12 layers [4, 7) and put 2 decoder layers in their place; "
+        "remove 3 of 12 layers [8, 11) and put a linear map (folded into the layer before) in their place"
+        ": 12 -> 6 layers"
     )
 
 
@@ -116,13 +117,22 @@ LAYER = {"kind": "layer"}
         ([{"kind": "remove", "start": 5, "stop": 3}], "is empty; a span is half-open"),
         ([{"kind": "remove", "start": 6, "stop": 9}], r"runs past the last layer (the model has layers 0-7)"),
         ([{"kind": "remove", "start": -1, "stop": 2}], "edits.0.remove.start"),
-        ([{"kind": "remove", "start": 1, "stop": 4}, {"kind": "remove", "start": 3, "stop": 5}], "overlaps the edit before"),
+        (
+            [{"kind": "remove", "start": 1, "stop": 4}, {"kind": "remove", "start": 3, "stop": 5}],
+            "overlaps the edit before",
+        ),
         ([{"kind": "remove", "start": 5, "stop": 6}, {"kind": "remove", "start": 1, "stop": 2}], "spans must ascend"),
         ([{"kind": "remove", "start": 0, "stop": 8}], "remove every layer"),
         ([{"kind": "remove", "start": 1, "stop": 2, "stpo": 3}], "Did you mean 'stop'?"),
         ([{"kind": "merge", "start": 1, "stop": 2}], "edits.0"),
-        ([{"kind": "replace", "start": 1, "stop": 4, "network": LAYER, "templates": []}], "needs 1 template layer(s), got 0"),
-        ([{"kind": "replace", "start": 1, "stop": 4, "network": LAYER, "templates": [4]}], "must lie in the span [1, 4)"),
+        (
+            [{"kind": "replace", "start": 1, "stop": 4, "network": LAYER, "templates": []}],
+            "needs 1 template layer(s), got 0",
+        ),
+        (
+            [{"kind": "replace", "start": 1, "stop": 4, "network": LAYER, "templates": [4]}],
+            "must lie in the span [1, 4)",
+        ),
         ([{"kind": "replace", "start": 1, "stop": 4, "network": {"kind": "rnn"}, "templates": [1]}], "network.kind"),
         (
             [{"kind": "replace", "start": 0, "stop": 4, "network": {"kind": "linear"}, "templates": []}],
@@ -141,11 +151,19 @@ LAYER = {"kind": "layer"}
             "width and activation are for kind 'ffn' only",
         ),
         (
-            [{"kind": "replace", "start": 1, "stop": 4, "templates": [1], "network": {"kind": "ffn", "residual": False, "init": "identity"}}],
+            [
+                {
+                    "kind": "replace",
+                    "start": 1,
+                    "stop": 4,
+                    "templates": [1],
+                    "network": {"kind": "ffn", "residual": False, "init": "identity"},
+                }
+            ],
             "has no identity start",
         ),
     ],
-)  # fmt: skip
+)
 def test_every_bad_edit_has_its_sentence(tmp_path, edits, reason):
     data = plan().model_dump(mode="json") | {"edits": edits}
     message = refusal(write(tmp_path / "p.json", data))

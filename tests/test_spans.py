@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,4 +42,4 @@ def test_adjacent_layers_join():
 def test_runs_cover_exactly_the_layers_and_never_touch(layers):
     spans = runs(sorted(layers))
     assert [i for start, stop in spans for i in range(start, stop)] == sorted(layers)
-    assert all(a[1] < b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in pairwise(spans))

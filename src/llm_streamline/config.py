@@ -29,20 +29,20 @@ OBJECTIVES = ("mse", "lm", "kl")
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
-def parse_count(text: str | int | float) -> int:
+def parse_count(text: Any) -> int:
     """Read a count such as 256000, "256k", "5.4B" or "1e6".
 
     Raises:
         ValueError: if it is no number with an optional unit k, M, B or T.
     """
-    if not isinstance(text, str):
-        return int(text)
-    number = text.strip().lower().replace(",", "").replace("_", "")
-    unit = _UNITS.get(number[-1:], 1)
     try:
+        if not isinstance(text, str):
+            return int(text)
+        number = text.strip().lower().replace(",", "").replace("_", "")
+        unit = _UNITS.get(number[-1:], 1)
         return round(float(number[:-1] if unit != 1 else number) * unit)
-    except ValueError:
-        raise ValueError(f"'{text}' is no count; write for example 256000, 256k or 5.4B") from None
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{text!r} is no count; write for example 256000, 256k or 5.4B") from None
 
 
 class Target(FrozenModel):
@@ -79,7 +79,7 @@ class TextConfig(FrozenModel):
     sources: tuple[str, ...] = Field(
         ("builtin",), min_length=1, description="[WEIGHT*]SOURCE[#FIELD]: path, glob, hub:NAME, builtin or self"
     )
-    seq_len: PositiveInt = Field(512, description="tokens in a window")
+    seq_len: int = Field(512, ge=2, description="tokens in a window; a loss needs a next token")
 
 
 class CalibrationConfig(FrozenModel):
@@ -108,7 +108,12 @@ class SelectionConfig(FrozenModel):
             if not (colon and start.isdigit() and stop.isdigit()):
                 raise ValueError(f"a span is written START:STOP, as in 12:22 for layers 12 to 21; got '{value}'")
             value = (int(start), int(stop))
-        if value is not None and len(value) == 2 and value[0] >= value[1]:
+        if (
+            isinstance(value, list | tuple)
+            and len(value) == 2
+            and all(isinstance(v, int) for v in value)
+            and value[0] >= value[1]
+        ):
             raise ValueError(f"the span {value[0]}:{value[1]} is empty; STOP is the first layer that stays")
         return value
 
@@ -123,7 +128,7 @@ class ReplacementConfig(FrozenModel):
     width: PositiveInt | None = Field(None, description="hidden width of an ffn; default: the model's own MLP width")
     activation: str | None = Field(None, description="activation of an ffn; default: the model's own")
     ridge: PositiveFloat = Field(
-        1e-2, description="closed form: pull toward plain removal, relative to the mean squared input"
+        0.1, description="closed form: pull toward plain removal, relative to the mean squared input"
     )
     fit_tokens: PositiveInt = Field(32_768, description="closed form: training tokens the least squares is solved on")
 
@@ -244,7 +249,9 @@ def load_recipe(path: str | Path | None, overrides: dict[str, Any] | None = None
     target_keys = {"target.layers", "target.sparsity", "target.params"}
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     if target_keys & given.keys():  # a target on the command line replaces the recipe's, it is not a second one
-        data["target"] = {k: v for k, v in (data.get("target") or {}).items() if f"target.{k}" not in target_keys}
+        before = data.get("target") or {}
+        if isinstance(before, dict):
+            data["target"] = {k: v for k, v in before.items() if f"target.{k}" not in target_keys}
     for dotted, value in given.items():
         node = data
         *parents, key = dotted.split(".")
