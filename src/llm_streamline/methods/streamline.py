@@ -32,11 +32,11 @@ def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
     """Contiguous span with the highest mean cosine between its input and output, verified by held-out loss."""
     statistics = probe.statistics()
     length = config.num_removed
-    if length >= probe.facts.num_layers:
+    put_back = config.network.num_layers_added if config.network else 0
+    if length > probe.facts.num_layers or probe.facts.num_layers - length + put_back < 1:
         raise PlanError(f"removing {length} of {probe.facts.num_layers} layers leaves none; ask for fewer")
-    spans = candidate_spans(statistics, length, max(config.verify, 1), config.candidates)
-    if config.network and config.network.kind == "linear":
-        spans = [span for span in spans if span[0] > 0]  # a linear map needs a layer before it to be folded into
+    lowest_start = 1 if config.network and config.network.kind == "linear" else 0  # it is folded into a layer before it
+    spans = candidate_spans(statistics, length, max(config.verify, 1), config.candidates, lowest_start)
     plans = [span_plan(probe, config, span) for span in spans]
     similarity = statistics.similarity
     if config.verify and len(plans) > 1:
@@ -70,12 +70,18 @@ def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
     return plans[order[0]].model_copy(update={"selection": selection})
 
 
-def candidate_spans(statistics: Statistics, length: int, count: int, rankings: str) -> list[Span]:
-    """The spans worth trying, best first."""
-    by_mean = ranked_spans(statistics.similarity.tolist(), length)
+def candidate_spans(
+    statistics: Statistics, length: int, count: int, rankings: str, lowest_start: int = 0
+) -> list[Span]:
+    """The spans worth trying, best first; none of them starts before `lowest_start`."""
+
+    def ranked(table: torch.Tensor) -> list[Span]:
+        return [span for span in ranked_spans(table.tolist(), length) if span[0] >= lowest_start]
+
+    by_mean = ranked(statistics.similarity)
     if rankings == "mean" or count == 1:
         return by_mean[:count]
-    by_worst = ranked_spans(statistics.similarity_worst.tolist(), length)
+    by_worst = ranked(statistics.similarity_worst)
     return interleave(by_worst, by_mean, count)
 
 
