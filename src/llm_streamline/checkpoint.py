@@ -64,11 +64,13 @@ def save_checkpoint(
             raise OutputError(f"{name!r} is no name for a file beside the weights")
     out = open_output(out)
     dtype = _unify_dtype(model)
-    _tidy_config(model, dtype)
+    _tidy_config(model, dtype, extra_files)
     check_room(out, sum(p.numel() * p.element_size() for p in model.parameters()))
     with saving(out), temporary_folder(out) as staging:
         with quiet_transformers():
-            model.save_pretrained(staging, max_shard_size=max_shard_size)
+            # transformers renames some families' weights on saving, and back on loading, but never for shipped code
+            renamed = not _names_shipped_code(model.config, extra_files)
+            model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=renamed)
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
         _serve_older_readers(staging)
@@ -109,7 +111,7 @@ def _unify_dtype(model: "PreTrainedModel") -> "torch.dtype":
     return dtype
 
 
-def _tidy_config(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
+def _tidy_config(model: "PreTrainedModel", dtype: "torch.dtype", extra_files: Mapping[str, str | bytes]) -> None:
     config = model.config
     for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         if hasattr(part, "quantization_config"):
@@ -118,7 +120,9 @@ def _tidy_config(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
         if getattr(part, "use_cache", None) is False:
             part.use_cache = True  # left over from training; it changes speed only
     config.architectures = [type(model).__name__]
-    if type(model).__module__.startswith("transformers."):
+    if _names_shipped_code(config, extra_files):
+        config.architectures = [config.auto_map["AutoModelForCausalLM"].rpartition(".")[2]]  # stock code would not do
+    elif type(model).__module__.startswith("transformers."):
         config.auto_map = None  # a stock class needs no code of its own
         del config.auto_map
     for name, value in (("hf_quantizer", None), ("quantization_method", None), ("is_quantized", False)):
@@ -126,6 +130,12 @@ def _tidy_config(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
             setattr(model, name, value)
     if getattr(model, "generation_config", None) is not None:
         _tidy_generation(model.generation_config)
+
+
+def _names_shipped_code(config: Any, extra_files: Mapping[str, str | bytes]) -> bool:
+    """Whether the config points at modelling code that is saved beside the weights."""
+    module = ((getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM") or "").rpartition(".")[0]
+    return f"{module}.py" in extra_files
 
 
 def _tidy_generation(generation: "GenerationConfig") -> None:

@@ -142,7 +142,7 @@ def load_model(
         SourceError: the weights do not fit the configuration, or cannot be read.
         ConfigError: unknown dtype or device.
     """
-    from transformers import AutoModelForCausalLM
+    from llm_streamline.replacements.ship import loading_class
 
     check_dtype_name(dtype)
     torch_device = pick_device(device)
@@ -154,7 +154,7 @@ def load_model(
     tokenizer = load_tokenizer(source) if with_tokenizer else None
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = loading_class(config).from_pretrained(
                 folder,
                 dtype=torch_dtype,
                 output_loading_info=True,

@@ -10,7 +10,7 @@ from torch import nn
 
 from llm_streamline.arch import ArchSpec, get_layers, mlp_facts, silence_attention
 from llm_streamline.errors import ArchitectureError
-from llm_streamline.layer_config import text_config
+from llm_streamline.layer_config import mlp_width, text_config
 from llm_streamline.measure.partial import layers_return_tuples
 from llm_streamline.plan import Plan, Replace
 from llm_streamline.replacements.base import Replacement, layers_at
@@ -44,8 +44,13 @@ class MlpReplacement(Replacement):
             "mlp": arch.family.mlp,
         }
         if network.kind == "ffn":
-            self.settings["width"] = network.width or facts.width
+            self.settings["width"] = network.width or facts.width or mlp_width(model.config)
             self.settings["activation"] = network.activation or facts.activation
+            for key in ("width", "activation"):
+                if self.settings[key] is None:
+                    raise ArchitectureError(
+                        f"the config of this {arch.model_type} names no {key} for an ffn; set replacement.{key}"
+                    )
         self.layer = build_mlp_layer(self.settings, template, config.hidden_size).float().requires_grad_(True)
         self.layer.to(next(template.parameters()).device)
         self._down = None if network.kind == "ffn" else facts.down.removeprefix(f"{arch.family.mlp}.")

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from llm_streamline.arch import find_arch
 from llm_streamline.layer_config import text_config
 from llm_streamline.replacements import mlp_layer
 from llm_streamline.replacements.mlp import CODE_KEY
+from llm_streamline.structure import find_layers_path
 
 MODULE_NAME = "modeling_streamline"
 CLASS_NAME = "StreamlineForCausalLM"
@@ -20,8 +22,9 @@ class {name}({base}):
     def __init__(self, config):
         super().__init__(config)
         layers = self.get_submodule("{layers}")
-        for index, settings in config.{key}.items():
-            layers[int(index)] = build_mlp_layer(settings, layers[int(index)], config.hidden_size)
+        text = config.get_text_config(decoder=True)
+        for index, settings in text.{key}.items():
+            layers[int(index)] = build_mlp_layer(settings, layers[int(index)], text.hidden_size)
         self.post_init()
 '''
 
@@ -29,6 +32,28 @@ class {name}({base}):
 def needs_code(model: nn.Module) -> bool:
     """Whether the edited `model` holds a layer that stock transformers would not build."""
     return bool(getattr(text_config(model.config), CODE_KEY, None))
+
+
+def loading_class(config: PreTrainedConfig) -> type:
+    """The class whose `from_pretrained` reads a checkpoint of this config.
+
+    A checkpoint of ours with MLP layers is read with the code of this package, never with the file in its folder:
+    nothing that was downloaded is run.
+    """
+    if not getattr(text_config(config), CODE_KEY, None):
+        return AutoModelForCausalLM
+    base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+    class StreamlineForCausalLM(base):
+        def __init__(self, config: PreTrainedConfig):
+            super().__init__(config)
+            text = text_config(config)
+            layers = self.get_submodule(find_layers_path(self, text))
+            for index, settings in getattr(text, CODE_KEY).items():
+                layers[int(index)] = mlp_layer.build_mlp_layer(settings, layers[int(index)], text.hidden_size)
+            self.post_init()
+
+    return StreamlineForCausalLM
 
 
 def shipped_files(model: nn.Module) -> dict[str, str]:
@@ -39,7 +64,7 @@ def shipped_files(model: nn.Module) -> dict[str, str]:
     """
     if not needs_code(model):
         return {}
-    base = type(model).__name__
+    base = next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers."))
     model.config.auto_map = {"AutoModelForCausalLM": f"{MODULE_NAME}.{CLASS_NAME}"}
     source = Path(mlp_layer.__file__).read_text(encoding="utf-8")
     head, _, rest = source.partition("from transformers.activations import ACT2FN\n")

@@ -11,6 +11,7 @@ from torch import nn
 
 from llm_streamline.arch import get_layers, silence, silence_attention, silence_mlp
 from llm_streamline.errors import ArchitectureError
+from llm_streamline.layer_config import text_config
 from llm_streamline.replacements.base import Replacement, copy_weights
 from llm_streamline.replacements.layer import LayerReplacement, SilencedLayerReplacement
 from llm_streamline.replacements.linear import LinearReplacement
@@ -37,6 +38,11 @@ def set_start(replacement: Replacement, model: nn.Module, init: str, seed: int) 
         _make_identity(replacement)
     elif init == "average":
         _average(replacement, model)
+    elif not isinstance(replacement, LayerReplacement) and replacement.edit.network.kind == "ffn":
+        raise ArchitectureError(
+            f"an ffn in this {replacement.arch.model_type} has no layer to be copied from by init `{init}`; "
+            "use init best, closed_form, identity or random"
+        )
     elif init == "last" and isinstance(replacement, LayerReplacement):
         stop = replacement.edit.stop
         for layer, source in zip(replacement.layers, range(stop - len(replacement.layers), stop), strict=True):
@@ -112,8 +118,11 @@ def _same_shapes(replacement: LayerReplacement, model: nn.Module) -> bool:
     layers = get_layers(model)
     span = [layers[i] for i in range(replacement.edit.start, replacement.edit.stop)]
     shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in span]
-    types = {getattr(layer, "attention_type", None) for layer in span}
-    return all(shape == shapes[0] for shape in shapes) and len(types) == 1
+    kinds = getattr(text_config(model.config), "layer_types", None) or [None] * len(layers)
+    return (
+        all(shape == shapes[0] for shape in shapes)
+        and len(set(kinds[replacement.edit.start : replacement.edit.stop])) == 1
+    )
 
 
 def _split(items: Sequence[nn.Module], parts: int) -> list[Sequence[nn.Module]]:
