@@ -1,7 +1,7 @@
 """From a target (layers, sparsity, parameters) to the number of layers that leave. Plain numbers, no torch.
 
-LLM-Streamline counts in several ways (specifications: llm-streamline 2.3): its code removes n = k + 1 layers and puts one
-back, its FFN row removes n and adds a network. Here the count is an option, and what it means is always printed.
+LLM-Streamline counts in several ways (specifications: llm-streamline 2.3): its code removes n = k + 1 layers and puts
+one back, its FFN row removes n and adds a network. Here the count is an option, and what it means is always printed.
 """
 
 import math

@@ -128,7 +128,7 @@ def make_windows(
         "calibration": recipe.calibration.tokens,
         "train": max(recipe.training.tokens, recipe.replacement.fit_tokens),
         "validation": max(recipe.training.validation_tokens, recipe.selection.verify_tokens),
-        "evaluation": recipe.evaluation.tokens or 16_384,
+        "evaluation": min(recipe.evaluation.tokens or 16_384, 16_384),
     }
     needs = {role: WindowNeed(max(budgets[role], seq_len), seq_len) for role in roles}
     windows = prepare_windows(
@@ -250,6 +250,7 @@ def train(
         trials = json.loads((folder / "start.json").read_text(encoding="utf-8"))
     else:
         replacements, trials = begin(loaded.model, plan, windows["train"], windows["validation"], settings)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "start.json", trials)
         write_bytes(start_file, save(torch.nn.ModuleList(replacements).state_dict()))
     if not replacements:

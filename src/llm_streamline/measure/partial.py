@@ -1,10 +1,10 @@
 """Partial forwards: read the states between layers, stop early, resume half-way.
 
-Everything runs *inside* the model's own forward, by hooks, so that each layer gets the masks, positions and rotary tables
-that the model itself would give it: a layer called by hand would silently lose them.
+Everything runs *inside* the model's own forward, by hooks, so that each layer gets the masks, positions and rotary
+tables that the model itself would give it: a layer called by hand would silently lose them.
 
-Shapes: B windows, T tokens, d width, L layers. Boundary b in 0..L is the state (B, T, d) entering layer b; boundary L is
-what leaves the last layer, before the final norm (`output_hidden_states` would give it after the norm).
+Shapes: B windows, T tokens, d width, L layers. Boundary b in 0..L is the state (B, T, d) entering layer b; boundary L
+is what leaves the last layer, before the final norm (`output_hidden_states` would give it after the norm).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

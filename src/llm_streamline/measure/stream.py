@@ -24,7 +24,7 @@ class Observer(Protocol):
 
 
 def batches(windows: Windows, batch_tokens: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index of the first window, input_ids (B, T) on `device`) with at most `batch_tokens` tokens, at least one."""
+    """Yield (index of the first window, input_ids (B, T) on `device`), at most `batch_tokens` tokens or one window."""
     per_batch = max(1, batch_tokens // windows.input_ids.shape[1])
     for start in range(0, len(windows), per_batch):
         ids = torch.as_tensor(windows.input_ids[start : start + per_batch])

@@ -1,4 +1,4 @@
-"""ShortGPT (Men et al. 2024, arXiv:2403.03853): remove the layers that change the hidden state least, wherever they are."""
+"""ShortGPT (Men et al. 2024, arXiv:2403.03853): remove the layers that change the hidden state least."""
 
 from llm_streamline.errors import ConfigError
 from llm_streamline.measure.probe import Probe

@@ -113,9 +113,9 @@ def solve_output_projection(
                 states, _ = run_tapped(model, inputs, {resume_at, stop}, stop)
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
                     own, _ = resumed.run(inputs, states[resume_at], replacement.out)
-                a = seen["a"].float().flatten(0, 1)
+                a = seen["a"].float().flatten(0, -2)  # OPT joins windows and tokens before its MLP
                 target = states[stop].float().flatten(0, 1)
-                without = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, 1)
+                without = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
                 if has_bias:
                     a = torch.cat([a, torch.ones(len(a), 1, device=device)], dim=1)
                 weight = 1 / target.square().mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)

@@ -34,7 +34,8 @@ class MlpReplacement(Replacement):
             )
         if network.kind == "swiglu" and facts.kind != "gated":
             raise ArchitectureError(
-                f"{arch.model_type} has no gated MLP to make a SwiGLU of (its MLP is {facts.kind}); use `--replacement ffn`"
+                f"{arch.model_type} has no gated MLP to make a SwiGLU of (its MLP is {facts.kind}); "
+                "use `--replacement ffn`"
             )
         self.settings = {
             "kind": network.kind,

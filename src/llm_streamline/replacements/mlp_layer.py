@@ -49,8 +49,8 @@ def build_mlp_layer(settings: dict, layer: nn.Module, hidden_size: int) -> MlpLa
     """Make the module that stands at one place, around parts of the decoder `layer` that was there.
 
     Args:
-        settings: kind (`ffn` or `swiglu`), residual, returns_tuple; for an ffn width and activation; norm and mlp are the
-            paths inside the layer of the norm before its MLP and of the MLP itself.
+        settings: kind (`ffn` or `swiglu`), residual, returns_tuple; for an ffn width and activation; norm and mlp are
+            the paths inside the layer of the norm before its MLP and of the MLP itself.
         layer: a decoder layer of the model.
         hidden_size: d.
     """

@@ -1,10 +1,11 @@
 """Where training starts: copies, averages, the identity, random weights. The closed form is in `closed_form.py`.
 
-A start is at least as good as plain removal where the identity is possible; `random` and networks without residual exist
-to reproduce the paper (LLM-Streamline, arXiv:2403.19135), which starts its FFN so.
+A start is at least as good as plain removal where the identity is possible; `random` and networks without residual
+exist to reproduce the paper (LLM-Streamline, arXiv:2403.19135), which starts its FFN so.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -128,4 +129,4 @@ def _same_shapes(replacement: LayerReplacement, model: nn.Module) -> bool:
 def _split(items: Sequence[nn.Module], parts: int) -> list[Sequence[nn.Module]]:
     """Cut a sequence into `parts` runs of nearly equal length, in order."""
     bounds = [round(i * len(items) / parts) for i in range(parts + 1)]
-    return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [items[a:b] for a, b in pairwise(bounds)]

@@ -109,7 +109,7 @@ def _best(
 
 def _base_for_closed_form(replacement: Replacement, model: nn.Module, seed: int) -> None:
     """The inner weights that a closed form leaves alone: the template layer's, or random features for an FFN."""
-    if not available_starts(replacement, model)[0] == "first" and replacement.edit.network.kind == "ffn":
+    if available_starts(replacement, model)[0] != "first" and replacement.edit.network.kind == "ffn":
         set_start(replacement, model, "random", seed)
 
 

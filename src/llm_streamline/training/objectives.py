@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_streamline.measure.losses import in_chunks, token_losses
+from llm_streamline.measure.losses import cross_entropy, mean_loss
 
 
 def hidden_state_error(
@@ -46,7 +46,7 @@ def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
         logits: (B, T, V).
         input_ids: (B, T).
     """
-    return token_losses(logits, input_ids).mean()
+    return mean_loss(cross_entropy, logits[:, :-1], input_ids[:, 1:].long())
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0, temperature: float = 1.0) -> Tensor:
@@ -60,14 +60,18 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0, t
         top_k: compare the teacher's k likeliest tokens, and all others together as one; 0 compares all.
         temperature: divides both logits.
     """
-    student, teacher = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
-    divergences = in_chunks(lambda s, t: _token_divergence(s, t, top_k, temperature), student, teacher)
-    return divergences.mean() * temperature**2
+
+    def piece(student: Tensor, teacher: Tensor) -> Tensor:
+        return _token_divergence(student, teacher, top_k, temperature)
+
+    return mean_loss(piece, student_logits, teacher_logits.detach()) * temperature**2
 
 
 def _token_divergence(student: Tensor, teacher: Tensor, top_k: int, temperature: float) -> Tensor:
-    student = F.log_softmax(student.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    student, teacher = student.float(), teacher.float()
+    if temperature != 1.0:
+        student, teacher = student / temperature, teacher / temperature
+    student, teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
     if top_k and top_k < teacher.shape[-1]:
         teacher, index = teacher.topk(top_k, dim=-1)
         student = student.gather(-1, index)

@@ -23,7 +23,7 @@ from llm_streamline.training import objectives
 class Student(nn.Module):
     """The replacement networks of a plan, with a forward that returns the training loss.
 
-    The original model is held outside the module tree: it is neither saved, moved, counted nor wrapped with the student.
+    The original model is held outside the module tree: it is not saved, moved, counted or wrapped with the student.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, replacements: list[Replacement], config: TrainingConfig):
@@ -35,37 +35,40 @@ class Student(nn.Module):
         patches = {position: module for r in replacements for position, module in r.patches().items()}
         self.resume_at = min(r.resume_at for r in replacements)
         self._resumed = ResumedModel(model, sources, self.resume_at, patches)
-        self._autocast = config.autocast == "auto"
+        # float32 master weights and bfloat16 products beside a half-precision model; a float32 one stays float32
+        self._autocast = config.autocast == "auto" and model.dtype != torch.float32
 
     @property
     def needs_logits(self) -> bool:
         """Whether the objective looks at predictions; otherwise the forward ends with the last span."""
         return bool({"lm", "kl"} & self._config.objective.keys())
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, with_token_losses: bool = False) -> dict[str, Tensor]:
         """Compute the training loss of a batch.
 
         Args:
             input_ids: (B, T).
+            with_token_losses: also return `token_losses` (B, T - 1), the next-token losses in nats, for a validation.
 
         Returns:
             `loss`, the weighted sum, and each part by name, detached.
         """
         inputs = {"input_ids": input_ids.long()}
-        weights = self._config.objective
+        weights, outs = self._config.objective, [r.out for r in self.replacements]
         spans = [r.edit for r in self.replacements] if "mse" in weights else []
         wanted = {self.resume_at, *(edit.stop for edit in spans)}
         with torch.no_grad():
             stop = None if "kl" in weights else max(wanted)
             states, teacher_logits = run_tapped(self._model[0], inputs, wanted, stop)
-        parts: dict[str, Tensor] = {}
         with self._arithmetic(input_ids.device):
-            stop = None if self.needs_logits else max(r.out for r in self.replacements)
-            own, logits = self._resumed.run(inputs, states[self.resume_at], stop, [r.out for r in self.replacements])
+            stop = None if self.needs_logits or with_token_losses else max(outs)
+            own, logits = self._resumed.run(inputs, states[self.resume_at], stop, outs)
+        parts: dict[str, Tensor] = {}
         if "mse" in weights:
+            weighting = self._config.mse_weighting
             errors = [
-                objectives.hidden_state_error(own[r.out], states[r.edit.stop], self._config.mse_weighting)
-                for r in self.replacements
+                objectives.hidden_state_error(own[out], states[edit.stop], weighting)
+                for out, edit in zip(outs, spans, strict=True)
             ]
             parts["mse"] = torch.stack(errors).mean()
         if "lm" in weights:
@@ -74,8 +77,15 @@ class Student(nn.Module):
             parts["kl"] = objectives.divergence(
                 logits, teacher_logits, self._config.kl_top_k, self._config.kl_temperature
             )
-        loss = sum(weights[name] * part for name, part in parts.items())
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        results = {"loss": sum(weights[name] * part for name, part in parts.items())}
+        results |= {name: part.detach() for name, part in parts.items()}
+        if with_token_losses:
+            results["token_losses"] = token_losses(logits, inputs["input_ids"])
+        return results
+
+    def train(self, mode: bool = True) -> "Student":
+        """Stay in evaluation mode: the target is deterministic, so dropout would only be noise."""
+        return super().train(False)
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor) -> Tensor:
@@ -87,7 +97,6 @@ class Student(nn.Module):
         return token_losses(logits, inputs["input_ids"])
 
     def _arithmetic(self, device: torch.device) -> AbstractContextManager:
-        # float32 master weights, bfloat16 products; the frozen layers keep their own dtype either way
         if not self._autocast:
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -61,7 +61,7 @@ class StreamlineTrainer(Trainer):
         if not torch.isfinite(loss):
             raise NumericsError(
                 f"the training loss became {loss.item()} at step {self.state.global_step}; "
-                f"lower training.learning_rate (now {self.args.learning_rate:g}) or clip harder (training.max_grad_norm)"
+                f"lower training.learning_rate (now {self.args.learning_rate:g}) or training.max_grad_norm"
             )
         return (loss, outputs) if return_outputs else loss
 
@@ -76,8 +76,9 @@ class StreamlineTrainer(Trainer):
         sums, count = {"loss": 0.0, "lm_loss": 0.0}, 0
         for batch in self.get_eval_dataloader():
             ids = self._prepare_inputs(batch)["input_ids"]
-            sums["loss"] += float(student(ids)["loss"]) * len(ids)
-            sums["lm_loss"] += float(student.token_losses(ids).mean()) * len(ids)
+            found = student(ids, with_token_losses=True)
+            sums["loss"] += float(found["loss"]) * len(ids)
+            sums["lm_loss"] += float(found["token_losses"].double().mean()) * len(ids)
             count += len(ids)
         metrics = {f"{metric_key_prefix}_{name}": value / count for name, value in sums.items()}
         self.log(metrics)
