@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm_streamline.measure.losses import CHUNK_TOKENS, in_chunks, token_losses
+from llm_streamline.measure import losses
+from llm_streamline.measure.losses import token_losses
 from llm_streamline.measure.scores import (
     block_influence,
     bootstrap_mean_difference,
@@ -69,7 +70,13 @@ def test_a_layer_that_lengthens_every_token_makes_no_massive_activation():
     assert massive_activation_layers(torch.tensor([1.0, 50.0]), torch.tensor([1.0, 50.0])) == []
 
 
-@pytest.mark.parametrize("tokens", [2, 7, CHUNK_TOKENS + 1, CHUNK_TOKENS + 2])
+@pytest.fixture(params=[1, 64, 1 << 21])
+def _piece_size(request, monkeypatch):
+    monkeypatch.setattr(losses, "_PIECE_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("_piece_size")
+@pytest.mark.parametrize("tokens", [2, 7, 40])
 def test_token_losses_equal_the_plain_formula(tokens):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, tokens, 11, generator=generator)
@@ -78,29 +85,20 @@ def test_token_losses_equal_the_plain_formula(tokens):
     torch.testing.assert_close(token_losses(logits, ids).double(), truth, rtol=1e-6, atol=1e-6)
 
 
-def test_chunks_have_the_gradient_of_the_whole():
-    logits = torch.randn(2, 700, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    ids = torch.randint(11, (2, 700), generator=torch.Generator().manual_seed(1))
-    (ours,) = torch.autograd.grad(token_losses(logits, ids).mean(), logits)
-    (truth,) = torch.autograd.grad(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), logits)
+@pytest.mark.usefixtures("_piece_size")
+def test_a_mean_loss_has_the_value_and_the_gradient_of_the_whole():
+    logits = torch.randn(2, 30, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets = torch.randint(11, (2, 30), generator=torch.Generator().manual_seed(1))
+    truth = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    ours = losses.mean_loss(losses.cross_entropy, logits, targets)
     torch.testing.assert_close(ours, truth)
+    (wanted,) = torch.autograd.grad(3 * truth, logits)
+    torch.testing.assert_close(torch.autograd.grad(3 * ours, logits)[0], wanted)
 
 
 def test_bfloat16_logits_are_judged_in_float32():
     logits = (torch.randn(1, 40, 300, generator=torch.Generator().manual_seed(0)) * 20).bfloat16()
     ids = torch.randint(300, (1, 40), generator=torch.Generator().manual_seed(1))
-    losses = token_losses(logits, ids)
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, token_losses(logits.float(), ids), rtol=0, atol=0)
-
-
-def test_no_more_than_a_chunk_is_handed_over_at_once():
-    seen = []
-
-    def size(piece, _other):
-        seen.append(len(piece))
-        return piece.sum(-1)
-
-    in_chunks(size, torch.zeros(1300, 2), torch.zeros(1300))
-    assert sum(seen) == 1300
-    assert max(seen) <= CHUNK_TOKENS
+    found = token_losses(logits, ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, token_losses(logits.float(), ids), rtol=0, atol=0)
