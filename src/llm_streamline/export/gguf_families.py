@@ -21,7 +21,7 @@ Change = Callable[[str, "torch.Tensor", "PretrainedConfig"], "torch.Tensor"]
 # Layers between two with full attention, counting the latter, where llama.cpp's file says nothing.
 SWA_PERIODS = {"gemma2": 2, "gemma3": 6}
 # llama.cpp takes a model of that many layers for the one of 27 billion parameters and scales its queries differently.
-_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 _NOPE_STEP = 4  # SmolLM3: a constant in llama.cpp's source
 
 
@@ -265,7 +265,7 @@ def _query_scale(arch: str) -> Change:
         place = "self_attn.q_norm.weight" if arch == "gemma3" else "self_attn.q_proj.weight"
         if not name.endswith(place):
             return tensor
-        is_27b = config.num_hidden_layers == _LAYERS_OF_27B[arch]
+        is_27b = config.num_hidden_layers == LAYERS_OF_27B[arch]
         divisor = config.hidden_size // config.num_attention_heads if is_27b else head_size(config)
         ratio = math.sqrt(divisor / config.query_pre_attn_scalar)
         return tensor if ratio == 1 else tensor.float() * ratio
