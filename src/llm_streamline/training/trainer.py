@@ -116,6 +116,12 @@ class History(TrainerCallback):
         return int(min(self.validation, key=lambda row: row["lm_loss"])["step"])
 
     @property
+    def gives_up(self) -> bool:
+        """Whether so many validations went by without gain that training ends."""
+        since_best = sum(row["step"] > self.best_step for row in self.validation)
+        return bool(self._patience) and since_best >= self._patience
+
+    @property
     def seconds(self) -> float:
         """Wall time over all processes that worked on this run."""
         return self._before + time.perf_counter() - self._started
@@ -159,10 +165,11 @@ class History(TrainerCallback):
             # a deep copy: references to live tensors would follow the training (specifications D6)
             self.best = {name: p.detach().cpu().clone() for name, p in self._student.replacements.state_dict().items()}
             self._write_best()
-        since_best = len([row for row in self.validation if row["step"] > self.best_step])
-        if self._patience and since_best >= self._patience:
+        if self.gives_up:
             log.info(
-                "no gain in %d validations: training stops, the state of step %d is kept", since_best, self.best_step
+                "no gain in %d validations: training stops, the state of step %d is kept",
+                self._patience,
+                self.best_step,
             )
             control.should_training_stop = True
         self.write()
@@ -243,7 +250,10 @@ def train_student(
             log.info("going on from the checkpoint at step %d of %d", step, num_steps)
             history.load(step)
             bar.advance(step)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint and history.gives_up:  # it was killed when it had stopped early
+            trainer.state.global_step = step
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if history.validation[-1]["step"] != trainer.state.global_step:
             trainer.evaluate()
         history.write()
