@@ -36,6 +36,8 @@ def set_start(replacement: Replacement, model: nn.Module, init: str, seed: int) 
     if init == "random":
         _randomise(replacement, model, seed)
     elif init == "identity":
+        if not isinstance(replacement, LayerReplacement) and replacement.edit.network.kind == "ffn":
+            _randomise(replacement, model, seed)
         _make_identity(replacement)
     elif init == "average":
         _average(replacement, model)
