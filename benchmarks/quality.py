@@ -97,8 +97,8 @@ def _write(arguments: argparse.Namespace, rows: list[dict]) -> None:
     lines = [
         "# Quality at a fixed budget",
         "",
-        f"{record['date']}, `python benchmarks/quality.py`: {arguments.model}, {arguments.layers} layers fewer, one decoder "
-        f"layer put back, {arguments.train_tokens:,} training tokens in windows of 512, perplexity on "
+        f"{record['date']}, `python benchmarks/quality.py`: {arguments.model}, {arguments.layers} layers fewer, one "
+        f"decoder layer put back, {arguments.train_tokens:,} training tokens in windows of 512, perplexity on "
         f"the first {arguments.evaluate_tokens:,} tokens of `{Path(arguments.evaluate).name}` (context 1024).",
         "",
         "| recipe | seed | span | perplexity | x original | KL | training s |",

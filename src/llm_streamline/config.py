@@ -166,8 +166,8 @@ class TrainingConfig(FrozenModel):
     max_grad_norm: NonNegativeFloat = 1.0
     per_device_train_batch_size: PositiveInt = Field(4, description="windows run at once")
     gradient_accumulation_steps: PositiveInt = 1
-    num_evals: NonNegativeInt = Field(8, description="validations spread over training, besides the one before it")
-    validation_tokens: PositiveInt = Field(16_384, description="tokens of a validation")
+    num_evals: NonNegativeInt = Field(4, description="validations spread over training, besides the one before it")
+    validation_tokens: PositiveInt = Field(8_192, description="tokens of a validation")
     early_stopping_patience: NonNegativeInt = Field(3, description="validations without gain before stopping; 0: never")
     autocast: Literal["auto", "off"] = Field("auto", description="auto: bfloat16 arithmetic, float32 master weights")
     arguments: dict[str, Any] = Field({}, description="further transformers.TrainingArguments, passed on as they are")

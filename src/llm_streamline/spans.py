@@ -5,6 +5,7 @@ cell [start][stop] is the similarity between the state entering layer `start` an
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 Span = tuple[int, int]
 
@@ -32,9 +33,9 @@ def ranked_spans(table: Sequence[Sequence[float]], length: int) -> list[Span]:
 def interleave(first: Sequence[Span], second: Sequence[Span], count: int) -> list[Span]:
     """Up to `count` different spans taken in turns from two rankings, best first."""
     chosen: dict[Span, None] = {}
-    for pair in zip(first, second, strict=True):
+    for pair in zip_longest(first, second):
         for span in pair:
-            if len(chosen) < count:
+            if span is not None and len(chosen) < count:
                 chosen.setdefault(span)
     return list(chosen)
 

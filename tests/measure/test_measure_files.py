@@ -40,7 +40,7 @@ def test_statistics_survive_their_files(statistics, tmp_path):
     assert loaded.info == statistics.info
     for name, tensor in statistics.sums.tensors().items():
         assert torch.equal(getattr(loaded.sums, name), tensor)
-    for name in ("similarity", "similarity_first", "similarity_rest", "similarity_worst"):
+    for name in ("similarity", "similarity_first", "similarity_rest"):
         assert torch.equal(getattr(loaded, name), getattr(statistics, name))
     assert loaded.massive_layers == statistics.massive_layers
 

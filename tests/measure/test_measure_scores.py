@@ -9,7 +9,6 @@ from llm_streamline.measure.scores import (
     bootstrap_mean_difference,
     massive_activation_layers,
     mean_similarity,
-    worst_similarity,
 )
 
 
@@ -24,11 +23,6 @@ def test_the_mean_is_symmetric_and_never_beyond_one():
     mean = mean_similarity(sums, 2)
     assert torch.equal(mean, mean.T)
     assert mean.max() <= 1
-
-
-def test_the_worst_is_the_lower_of_both():
-    first, rest = torch.tensor([[1.0, 0.2]]), torch.tensor([[0.5, 0.9]])
-    assert torch.equal(worst_similarity(first, rest), torch.tensor([[0.5, 0.2]]))
 
 
 def test_a_constant_difference_has_no_interval():

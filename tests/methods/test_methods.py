@@ -12,11 +12,12 @@ from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.stats import NUM_GROUPS, CosineStats
 from llm_streamline.measure.stream import observe
 from llm_streamline.methods.registry import MethodConfig, find_method, method_names
-from llm_streamline.methods.shortgpt import shortgpt
+from llm_streamline.methods.shortgpt import ShortgptConfig, shortgpt
 from llm_streamline.methods.streamline import StreamlineConfig, streamline
 from llm_streamline.plan import Network, Remove, Replace
 from llm_streamline.replacements.build import build_replacements
 from llm_streamline.replacements.starts import quick_start
+from llm_streamline.schema import parse
 
 
 def statistics_from(table_rest, table_first=None):
@@ -122,6 +123,7 @@ def massive_tables():
 
 def test_the_mean_cosine_alone_would_take_the_massive_layer_and_the_other_ranking_offers_the_rest(model):
     sums = statistics_from(*massive_tables())
+    sums.norm_sum_first[2:] *= 100  # layer 1 makes the massive activation
     tried = []
 
     def losses(plans):
@@ -199,14 +201,14 @@ def test_shortgpt_takes_the_lowest_block_influence_wherever_it_is(model):
     for layer in (1, 2, 6):
         table[layer, layer + 1] = table[layer + 1, layer] = 0.9
     probe = probe_with(model, statistics_from(table), no_losses)
-    plan = shortgpt(probe, MethodConfig(num_removed=3))
+    plan = shortgpt(probe, ShortgptConfig(num_removed=3))
     assert plan.edits == (Remove(start=1, stop=3), Remove(start=6, stop=7))
     assert plan.selection.notes[0] == "layer 1: Block Influence 0.1000"
 
 
-def test_shortgpt_puts_nothing_back(model):
+def test_shortgpt_puts_nothing_back():
     with pytest.raises(ConfigError, match="--replacement none"):
-        shortgpt(probe_with(model, None), MethodConfig(num_removed=2, network=Network(kind="layer")))
+        parse(ShortgptConfig, {"num_removed": 2, "network": Network(kind="layer")}, "options")
 
 
 def test_every_file_is_a_method_with_paper_and_summary():

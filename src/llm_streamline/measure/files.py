@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from llm_streamline.errors import ConfigError
-from llm_streamline.measure.scores import massive_activation_layers, mean_similarity, worst_similarity
+from llm_streamline.measure.scores import massive_activation_layers, mean_similarity
 from llm_streamline.measure.stats import CosineStats
 from llm_streamline.output import write_bytes, write_json
 from llm_streamline.plan import ModelFacts
@@ -63,11 +63,6 @@ class Statistics:
         if self.sums.count_rest == 0:
             return self.similarity
         return mean_similarity(self.sums.cosine_sum_rest, self.sums.count_rest)
-
-    @property
-    def similarity_worst(self) -> torch.Tensor:
-        """(L+1, L+1) lower of the two."""
-        return worst_similarity(self.similarity_first, self.similarity_rest)
 
     @property
     def massive_layers(self) -> list[int]:

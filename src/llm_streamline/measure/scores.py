@@ -41,22 +41,6 @@ def block_influence(similarity: Tensor) -> Tensor:
     return 1 - similarity.diagonal(offset=1)
 
 
-def worst_similarity(first: Tensor, rest: Tensor) -> Tensor:
-    """The lower of the similarity on first tokens and on all other tokens, for every span.
-
-    A mean over tokens cannot see that a span holds the layer which makes a massive activation at the first token, and
-    without which the model fails (specifications: findings 1); this score can.
-
-    Args:
-        first: (L+1, L+1) mean cosine over the first token of each window.
-        rest: (L+1, L+1) mean cosine over all other tokens.
-
-    Returns:
-        (L+1, L+1).
-    """
-    return torch.minimum(first, rest)
-
-
 def bootstrap_mean_difference(
     first: Tensor, second: Tensor, weights: Tensor, seed: int, num_samples: int = 2000
 ) -> tuple[float, float, float]:

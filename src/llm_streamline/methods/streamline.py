@@ -1,8 +1,8 @@
 """LLM-Streamline (Chen et al. 2024, arXiv:2403.19135): remove the contiguous span that changes the hidden state least.
 
 The paper takes the span with the highest mean cosine. We depart from it in two ways, both off with `verify: 0`: the
-ranking by mean cosine is interleaved with one by the worse of first-token and other-token cosine, and the best few are
-tried by held-out LM loss; the mean cosine alone is known to pick spans that collapse (specifications: 6.4, findings 1).
+best few are tried by held-out LM loss, and half of these few are the best of the spans that keep every layer which makes
+a massive activation; the mean cosine alone is known to pick spans that collapse (specifications: 6.4, findings 1).
 """
 
 from typing import Literal
@@ -23,7 +23,8 @@ class StreamlineConfig(MethodConfig):
     """Options of the span search."""
 
     candidates: Literal["both", "mean"] = Field(
-        "both", description="spans to verify: from both rankings in turns, or from the mean cosine's alone"
+        "both",
+        description="spans to verify: those that keep massive activations and all, in turns; or by mean cosine alone",
     )
 
 
@@ -36,7 +37,7 @@ def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
     if length > probe.facts.num_layers or probe.facts.num_layers - length + put_back < 1:
         raise PlanError(f"removing {length} of {probe.facts.num_layers} layers leaves none; ask for fewer")
     lowest_start = 1 if config.network and config.network.kind == "linear" else 0  # it is folded into a layer before it
-    spans = candidate_spans(statistics, length, max(config.verify, 1), config.candidates, lowest_start)
+    spans = candidate_spans(statistics, config, lowest_start)
     plans = [span_plan(probe, config, span) for span in spans]
     similarity = statistics.similarity
     if config.verify and len(plans) > 1:
@@ -70,19 +71,24 @@ def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
     return plans[order[0]].model_copy(update={"selection": selection})
 
 
-def candidate_spans(
-    statistics: Statistics, length: int, count: int, rankings: str, lowest_start: int = 0
-) -> list[Span]:
-    """The spans worth trying, best first; none of them starts before `lowest_start`."""
+def candidate_spans(statistics: Statistics, config: StreamlineConfig, lowest_start: int = 0) -> list[Span]:
+    """The spans worth trying, best first; none of them starts before `lowest_start`.
 
-    def ranked(table: torch.Tensor) -> list[Span]:
-        return [span for span in ranked_spans(table.tolist(), length) if span[0] >= lowest_start]
+    A span that holds a layer which makes a massive activation costs the model that activation, which a mean over tokens
+    cannot show. So spans that keep all such layers, or start a replacement from them, are ranked by themselves as well.
+    """
+    count = max(config.verify, 1)
+    ranked = ranked_spans(statistics.similarity.tolist(), config.num_removed)
+    ranked = [span for span in ranked if span[0] >= lowest_start]
+    if config.candidates == "mean" or count == 1:
+        return ranked[:count]
+    massive = set(statistics.massive_layers)
 
-    by_mean = ranked(statistics.similarity)
-    if rankings == "mean" or count == 1:
-        return by_mean[:count]
-    by_worst = ranked(statistics.similarity_worst)
-    return interleave(by_worst, by_mean, count)
+    def keeps(span: Span) -> bool:
+        kept = templates_for(config.network, *span) if config.network else ()
+        return not massive & (set(range(*span)) - set(kept))
+
+    return interleave([span for span in ranked if keeps(span)], ranked, count)
 
 
 def span_plan(probe: Probe, config: MethodConfig, span: Span) -> Plan:

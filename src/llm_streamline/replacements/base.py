@@ -1,8 +1,8 @@
 """What every replacement network has in common.
 
 A replacement is a module whose parameters are the only ones that training touches. It says where it stands in the
-edited model (`patches`), from which boundary the edited model differs from the original (`resume_at`), and how it is put
-into the final checkpoint (`install`), as stock layers whenever that is exact.
+edited model (`patches`), from which boundary the edited model differs from the original (`resume_at`), and how it is
+put into the final checkpoint (`install`), as stock layers whenever that is exact.
 """
 
 import copy
