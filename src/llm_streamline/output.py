@@ -42,6 +42,7 @@ __all__ = [
     "replace_folder",
     "saving",
     "temporary_folder",
+    "withdraw",
     "write_bytes",
     "write_json",
     "write_manifest",
@@ -104,6 +105,15 @@ def check_output(path: str | Path, *, source: Path | None = None) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null character, ~ of nobody
         raise OutputError(f"cannot use {path} as output folder: {getattr(error, 'strerror', None) or error}") from error
     return out
+
+
+def withdraw(out: Path, *, existed: bool) -> None:
+    """Undo `open_output`: remove what we wrote, and the folder itself unless it `existed` before."""
+    with saving(out):
+        _clear(out)
+        (out / TOOL_FOLDER).rmdir()
+        if not existed:
+            out.rmdir()
 
 
 def _is_ours(out: Path) -> bool:

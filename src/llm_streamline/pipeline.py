@@ -6,7 +6,8 @@ source -> windows -> statistics -> plan -> edited model -> trained model -> veri
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,11 +18,11 @@ from llm_streamline.checkpoint import probe_texts, prove_checkpoint, save_checkp
 from llm_streamline.config import Recipe
 from llm_streamline.data.overlap import check_text_unseen
 from llm_streamline.data.windows import Windows
-from llm_streamline.errors import MissingExtraError, OutputError, PlanError
+from llm_streamline.errors import MissingExtraError, OutputError, PlanError, StreamlineError
 from llm_streamline.estimate import preview_plan
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
-from llm_streamline.evaluation.material import gather
+from llm_streamline.evaluation.material import check_config
 from llm_streamline.evaluation.result import Results
 from llm_streamline.evaluation.size import model_size
 from llm_streamline.logs import get_logger
@@ -34,6 +35,7 @@ from llm_streamline.output import (
     open_output,
     read_manifest,
     remove_manifest,
+    withdraw,
     write_json,
     write_manifest,
     write_text,
@@ -48,7 +50,7 @@ from llm_streamline.report.heatmap import write_heatmap_png
 from llm_streamline.report.html import write_report
 from llm_streamline.report.tables import Preview
 from llm_streamline.runtime import versions
-from llm_streamline.sources import LoadedModel, load_model, resolve_model
+from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 
 WORK_FOLDER = "work"  # tokens and checkpoints: needed to go on after a kill, not part of the result
 log = get_logger()
@@ -83,10 +85,11 @@ def analyze(model: str, out: str | Path, recipe: Recipe | None = None, *, fresh:
     stages.check_early(source, recipe)
     check_output(out, source=_protected(source))
     loaded = stages.load_original(source, recipe)
-    out = open_output(out, fresh=fresh, source=_protected(source))
-    folder = out / TOOL_FOLDER
-    calibration = stages.make_windows(loaded, recipe, ("calibration",), folder / WORK_FOLDER / "windows")["calibration"]
-    return _measured(loaded, calibration, recipe, folder, stages.Ledger(folder))
+    stages.check_text(loaded, recipe)
+    with _opened(out, fresh, source) as out:
+        folder = out / TOOL_FOLDER
+        windows = stages.make_windows(loaded, recipe, ("calibration",), folder / WORK_FOLDER / "windows")
+        return _measured(loaded, windows["calibration"], recipe, folder, stages.Ledger(folder))
 
 
 def make_plan(
@@ -112,6 +115,7 @@ def make_plan(
     loaded = stages.load_original(source, recipe)
     if statistics:
         _check_statistics(statistics, loaded)
+    stages.check_wishes(loaded, recipe)
     windows = stages.make_windows(loaded, recipe, ("calibration", "train", "validation"), None)
     if statistics is None:
         statistics = stages.measure(loaded, windows["calibration"], recipe)
@@ -135,11 +139,14 @@ def apply_plan(
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     recipe = recipe or Recipe()
-    out, loaded, preview = _begin_from_plan(plan, model, out, recipe, fresh)
-    texts = probe_texts(loaded.model, loaded.tokenizer)
+    source, loaded = _begin_from_plan(plan, model, out, recipe, with_text=False)
+    preview = _preview(loaded, plan, recipe, None)
     replacements = stages.untrained(loaded, plan, recipe.seed)
-    proof = _install_and_prove(loaded, plan, replacements, out, texts)
-    _finish(out, plan, recipe, {"stage": "apply"})
+    texts = probe_texts(loaded.model, loaded.tokenizer)
+    with _opened(out, fresh, source) as out:
+        remove_manifest(out)
+        proof = _install_and_prove(loaded, plan, replacements, out, texts)
+    _finish(out, plan, recipe, loaded.source, {"stage": "apply"})
     return Outcome(out, plan, preview, None, proof, None)
 
 
@@ -156,12 +163,16 @@ def train_replacement(
     if not any(isinstance(edit, Replace) for edit in plan.edits):
         raise PlanError("this plan puts no network back, so there is nothing to train; use `llm-streamline apply`")
     recipe = recipe or Recipe()
-    out, loaded, preview = _begin_from_plan(plan, model, out, recipe, fresh)
-    folder = out / TOOL_FOLDER
-    windows = stages.make_windows(loaded, recipe, ("train", "validation"), folder / WORK_FOLDER / "windows")
+    source, loaded = _begin_from_plan(plan, model, out, recipe)
+    stages.check_text(loaded, recipe)
+    preview = _preview(loaded, plan, recipe, None)
+    with _opened(out, fresh, source) as out:
+        folder = out / TOOL_FOLDER
+        windows = stages.make_windows(loaded, recipe, ("train", "validation"), folder / WORK_FOLDER / "windows")
+        remove_manifest(out)
     texts = probe_texts(loaded.model, loaded.tokenizer)
     proof = _trained_checkpoint(loaded, plan, recipe, windows, out, stages.Ledger(folder), texts)
-    _finish(out, plan, recipe, {"stage": "train"})
+    _finish(out, plan, recipe, loaded.source, {"stage": "train"})
     return Outcome(out, plan, preview, None, proof, None)
 
 
@@ -190,7 +201,7 @@ def evaluate(
     config = config or EvaluationConfig()
     sources = [resolve_model(model) for model in models]
     original_source = resolve_model(against) if against else None
-    gather(config)
+    check_config(config)
     original = load_model(original_source, dtype, device) if original_source else None
     loaded = (load_model(source, dtype, device) for source in sources)
     return run_evaluation(loaded, original, config, out=out, command=_command())
@@ -217,21 +228,23 @@ def compress(
     recipe = recipe or Recipe()
     source = resolve_model(model)
     stages.check_early(source, recipe)
-    gather(recipe.evaluation)
+    check_config(recipe.evaluation)
     check_output(out, source=_protected(source))
     loaded = stages.load_original(source, recipe)
-    out = open_output(out, fresh=fresh, source=_protected(source))
-    folder, ledger = out / TOOL_FOLDER, stages.Ledger(out / TOOL_FOLDER)
-    roles = ("calibration", "train", "validation", "evaluation")
-    windows = stages.make_windows(loaded, recipe, roles, folder / WORK_FOLDER / "windows")
-    _check_evaluation_text(recipe, windows)
-    run_key = stages.key_of(source.fingerprint, recipe.model_dump(mode="json"), _hashes(windows))
-    if is_complete(out) and read_manifest(out).get("key") == run_key:
-        log.info("%s holds this very run already, finished; --fresh starts over", out)
-        return _found(out, loaded, recipe)
-    remove_manifest(out)
-    stages.write_recipe(folder, recipe)
-    statistics = _measured(loaded, windows["calibration"], recipe, folder, ledger)
+    stages.check_wishes(loaded, recipe)
+    stages.check_text(loaded, recipe)
+    with _opened(out, fresh, source) as out:
+        folder, ledger = out / TOOL_FOLDER, stages.Ledger(out / TOOL_FOLDER)
+        roles = ("calibration", "train", "validation", "evaluation")
+        windows = stages.make_windows(loaded, recipe, roles, folder / WORK_FOLDER / "windows")
+        _check_evaluation_text(recipe, windows)
+        run_key = stages.key_of(source.fingerprint, recipe.model_dump(mode="json"), _hashes(windows))
+        if is_complete(out) and read_manifest(out).get("key") == run_key:
+            log.info("%s holds this very run already, finished; --fresh starts over", out)
+            return _found(out, loaded, recipe)
+        remove_manifest(out)
+        stages.write_recipe(folder, recipe)
+        statistics = _measured(loaded, windows["calibration"], recipe, folder, ledger)
     plan = _decided(loaded, recipe, statistics, windows, folder, ledger)
     preview = _preview(loaded, plan, recipe, statistics)
     _announce(plan, preview)
@@ -241,7 +254,7 @@ def compress(
     gc.collect()
     results = _evaluated(source, recipe, plan, out, ledger, windows)
     manifest = {"key": run_key, "recipe_name": recipe_name}
-    report = _finish(out, plan, recipe, manifest)
+    report = _finish(out, plan, recipe, source, manifest)
     return Outcome(out, plan, preview, results, proof, report)
 
 
@@ -325,10 +338,10 @@ def _install_and_prove(
 
 
 def _evaluated(
-    source: Any, recipe: Recipe, plan: Plan, out: Path, ledger: stages.Ledger, windows: dict[str, Windows]
+    source: ModelSource, recipe: Recipe, plan: Plan, out: Path, ledger: stages.Ledger, windows: dict[str, Windows]
 ) -> Results:
     path = out / TOOL_FOLDER / "results.json"
-    saved = json.loads((out / TOOL_FOLDER / "stages.json").read_text(encoding="utf-8"))["save"]["key"]
+    saved = json.loads((out / TOOL_FOLDER / stages.LEDGER_FILE).read_text(encoding="utf-8"))["save"]["key"]
     config = recipe.evaluation
     if not config.tasks:
         config = config.model_copy(update={"tasks": ("continuation",)})
@@ -346,7 +359,7 @@ def _evaluated(
         )
 
 
-def _finish(out: Path, plan: Plan, recipe: Recipe, manifest: dict[str, Any]) -> Path | None:
+def _finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: dict[str, Any]) -> Path:
     """Report and card, then the manifest, which makes the run a finished one."""
     folder = out / TOOL_FOLDER
     write_text(folder / "plan.json", plan.to_json())
@@ -359,9 +372,8 @@ def _finish(out: Path, plan: Plan, recipe: Recipe, manifest: dict[str, Any]) -> 
         "stage_seconds": stages.Ledger(folder).seconds,
         **manifest,
     }
-    report = write_report(out)
-    claim(out, ["README.md"])
-    write_card(out)
+    report = write_report(out, manifest=content)
+    write_card(out, base_card=_base_card(base))
     write_manifest(out, content)
     return report
 
@@ -369,15 +381,37 @@ def _finish(out: Path, plan: Plan, recipe: Recipe, manifest: dict[str, Any]) -> 
 # --- small helpers
 
 
-def _begin_from_plan(plan: Plan, model: str, out: str | Path, recipe: Recipe, fresh: bool) -> tuple:
+def _begin_from_plan(
+    plan: Plan, model: str, out: str | Path, recipe: Recipe, with_text: bool = True
+) -> tuple[ModelSource, LoadedModel]:
+    """Load the model of a plan and refuse what does not fit; nothing is written yet."""
     source = resolve_model(model)
-    stages.check_early(source, recipe.model_copy(update={"target": type(recipe.target)()}))
+    no_wishes = {"target": type(recipe.target)(), "selection": type(recipe.selection)()}  # the plan is the wish
+    stages.check_early(source, recipe.model_copy(update=no_wishes), with_text=with_text)
     check_output(out, source=_protected(source))
     loaded = stages.load_original(source, recipe)
     plan.check_fits(stages.model_facts(loaded))
-    out = open_output(out, fresh=fresh, source=_protected(source))
-    remove_manifest(out)
-    return out, loaded, _preview(loaded, plan, recipe, None)
+    return source, loaded
+
+
+@contextmanager
+def _opened(path: str | Path, fresh: bool, source: ModelSource) -> Iterator[Path]:
+    """The output folder; when the input is refused before any stage is done, what was written is taken back."""
+    existed, was_ours = Path(path).expanduser().exists(), (Path(path).expanduser() / TOOL_FOLDER).exists()
+    out = open_output(path, fresh=fresh, source=_protected(source))
+    try:
+        claim(out, ["README.md"])  # refused now rather than at the end, when it is not ours
+        yield out
+    except StreamlineError as refusal:
+        if refusal.exit_code == 2 and not was_ours and not (out / TOOL_FOLDER / stages.LEDGER_FILE).exists():
+            withdraw(out, existed=existed)
+        raise
+
+
+def _base_card(source: ModelSource) -> str | None:
+    """The original's model card, from which licence and language are inherited."""
+    card = source.path / "README.md"
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
 
 
 def _preview(loaded: LoadedModel, plan: Plan, recipe: Recipe, statistics: Statistics | None) -> Preview:
@@ -437,7 +471,7 @@ def _hashes(windows: dict[str, Windows]) -> dict[str, str]:
     return {role: found.provenance["sha256"] for role, found in windows.items()}
 
 
-def _protected(source: Any) -> Path | None:
+def _protected(source: ModelSource) -> Path | None:
     return source.path if source.path.is_dir() else source.path.parent
 
 

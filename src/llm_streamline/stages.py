@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from llm_streamline.arch import check_architecture, get_layers
 from llm_streamline.config import Recipe
 from llm_streamline.data.prepare import WindowNeed, prepare_windows
+from llm_streamline.data.text import open_text
 from llm_streamline.data.windows import Windows, check_disjoint
 from llm_streamline.errors import ConfigError, PlanError
 from llm_streamline.logs import get_logger
@@ -26,7 +27,7 @@ from llm_streamline.measure.partial import run_tapped
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.stats import CosineStats
 from llm_streamline.measure.stream import observe
-from llm_streamline.methods.registry import MethodConfig, find_method
+from llm_streamline.methods.registry import Method, MethodConfig, find_method
 from llm_streamline.methods.streamline import span_plan
 from llm_streamline.output import write_bytes, write_json, write_text
 from llm_streamline.plan import ModelFacts, Plan, Selection
@@ -35,13 +36,14 @@ from llm_streamline.replacements.build import build_replacements
 from llm_streamline.replacements.starts import quick_start
 from llm_streamline.runtime import peak_memory, reset_peak_memory, seed_everything, versions
 from llm_streamline.schema import parse
-from llm_streamline.sizing import decide_size
+from llm_streamline.sizing import Decided, decide_size
 from llm_streamline.sources import LoadedModel, ModelSource, load_config, load_model
 from llm_streamline.training.begin import StartSettings, begin
 from llm_streamline.training.student import Student
 from llm_streamline.training.trainer import train_student
 from llm_streamline.version import __version__
 
+LEDGER_FILE = "stages.json"  # of finished stages, in the run's tool folder
 log = get_logger()
 
 
@@ -49,7 +51,7 @@ class Ledger:
     """Which stages of a folder are done, and for what."""
 
     def __init__(self, folder: Path):
-        self._path = folder / "stages.json"
+        self._path = folder / LEDGER_FILE
         try:
             self._done: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -79,8 +81,13 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_early(source: ModelSource, recipe: Recipe) -> None:
+def check_early(source: ModelSource, recipe: Recipe, *, with_text: bool = True) -> None:
     """Refuse, from the model's configuration alone, what would fail after hours.
+
+    Args:
+        source: the model.
+        recipe: what is wished for.
+        with_text: whether the recipe's windows are run through the model.
 
     Raises:
         ArchitectureError: if the family is not edited.
@@ -91,7 +98,7 @@ def check_early(source: ModelSource, recipe: Recipe) -> None:
     check_architecture(config)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    if positions and recipe.text.seq_len > positions:
+    if with_text and positions and recipe.text.seq_len > positions:
         raise ConfigError(
             f"windows of {recipe.text.seq_len} tokens are longer than the model's {positions} positions; "
             f"use --seq-len {positions} or less"
@@ -104,6 +111,29 @@ def check_early(source: ModelSource, recipe: Recipe) -> None:
         )
     if recipe.target.layers is not None and not span:
         decide_size(recipe.target, recipe.replacement.network(), [1] * num_layers, num_layers)
+
+
+def check_wishes(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Refuse, before anything is written or measured, a target, span or method option that cannot be met.
+
+    Raises:
+        PlanError: if the target or the span does not fit the model.
+        ConfigError: if the method does not take its options.
+    """
+    if recipe.selection.span:
+        _check_span(recipe, model_facts(loaded).num_layers)
+    else:
+        _method_wishes(loaded, recipe)
+
+
+def check_text(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Open every text, before anything is written; nothing is read through.
+
+    Raises:
+        TextError: if a text is missing or is no text.
+    """
+    for spec in recipe.text.sources:
+        open_text(spec, model=loaded.model, tokenizer=loaded.tokenizer, seed=recipe.seed)
 
 
 def model_facts(loaded: LoadedModel) -> ModelFacts:
@@ -185,8 +215,7 @@ def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, w
     Raises:
         PlanError: if the target does not fit the model.
     """
-    facts, network = model_facts(loaded), recipe.replacement.network()
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in get_layers(loaded.model)]
+    facts = model_facts(loaded)
     measured = [statistics] if statistics else []
 
     def get_statistics() -> Statistics:
@@ -205,28 +234,42 @@ def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, w
     )
     if recipe.selection.span:
         return _span_by_hand(probe, recipe, facts)
-    size = decide_size(recipe.target, network, sizes, facts.num_parameters)
-    found = find_method(recipe.selection.method)
-    options = {"num_removed": size.num_removed, "network": network, "verify": recipe.selection.verify}
-    config = parse(found.config, {**options, **recipe.selection.options}, f"options of method {found.name}")
+    size, found, config = _method_wishes(loaded, recipe)
     plan = found.run(probe, config)
     selection = plan.selection or Selection(method=found.name, target="", convention="")
     selection = selection.model_copy(update={"target": size.target, "convention": size.convention})
     return plan.model_copy(update={"selection": selection})
 
 
+def _method_wishes(loaded: LoadedModel, recipe: Recipe) -> tuple[Decided, Method, MethodConfig]:
+    """The target as a number of layers, the method, and its options."""
+    network = recipe.replacement.network()
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in get_layers(loaded.model)]
+    size = decide_size(recipe.target, network, sizes, model_facts(loaded).num_parameters)
+    found = find_method(recipe.selection.method)
+    options = {"num_removed": size.num_removed, "network": network, "verify": recipe.selection.verify}
+    return size, found, parse(found.config, {**options, **recipe.selection.options}, f"options of method {found.name}")
+
+
 def _span_by_hand(probe: Probe, recipe: Recipe, facts: ModelFacts) -> Plan:
     span, network = recipe.selection.span, recipe.replacement.network()
-    removed, added = span[1] - span[0], network.num_layers_added if network else 0
-    if span[1] > facts.num_layers or removed - added < 1 or facts.num_layers - removed + added < 1:
-        raise PlanError(
-            f"the span {span[0]}:{span[1]} with {added} layer(s) put back does not make a smaller model of "
-            f"{facts.num_layers} layers (0-{facts.num_layers - 1})"
-        )
+    removed, added = _check_span(recipe, facts.num_layers)
     plan = span_plan(probe, MethodConfig(num_removed=removed, network=network), span)
     convention = f"{removed} layers leave, {added} come back, {facts.num_layers - removed + added} remain"
     selection = Selection(method="by hand", target=f"the span {span[0]}:{span[1]}", convention=convention, chosen=span)
     return plan.model_copy(update={"selection": selection})
+
+
+def _check_span(recipe: Recipe, num_layers: int) -> tuple[int, int]:
+    """Layers that leave and come back with the span given by hand."""
+    span, network = recipe.selection.span, recipe.replacement.network()
+    removed, added = span[1] - span[0], network.num_layers_added if network else 0
+    if span[1] > num_layers or removed - added < 1 or num_layers - removed + added < 1:
+        raise PlanError(
+            f"the span {span[0]}:{span[1]} with {added} layer(s) put back does not make a smaller model of "
+            f"{num_layers} layers (0-{num_layers - 1})"
+        )
+    return removed, added
 
 
 def _first(windows: Windows, num_tokens: int) -> Windows:
