@@ -112,7 +112,7 @@ def test_many_models_come_one_after_the_other(files):
 def test_held_out_windows_of_a_run(files):
     tokenizer = byte_tokenizer()
     ids = torch.tensor(tokenizer.encode(prose(4000))[: 64 * 300], dtype=torch.int32).reshape(-1, 64)
-    packed = Windows(ids, torch.zeros_like(ids), provenance={"bos": "none"})
+    packed = Windows(ids, torch.zeros_like(ids), provenance={"bos": {"placed": "nowhere"}})
     quick = EvaluationConfig(tasks=("continuation",), limit=3, speed=False, generation=False)
     found = evaluate(loaded(), loaded(seed=1), quick, windows={"held-out": packed}).models[0]
     assert [text.name for text in found.perplexity] == ["held-out"]

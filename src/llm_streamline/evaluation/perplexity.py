@@ -110,7 +110,7 @@ def packed_text(name: str, packed: Windows, tokenizer) -> ScoredText:
         num_bytes=sum(len(piece.encode()) for piece in pieces),
         context=packed.seq_len,
         stride=packed.seq_len,
-        bos=str(packed.provenance.get("bos", "as packed")),
+        bos=packed.provenance.get("bos", {}).get("placed", "as packed"),
         join="documents packed one after the other; tokens at their boundaries are not scored",
     )
 

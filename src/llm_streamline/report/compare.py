@@ -125,7 +125,7 @@ def _accuracy(entry: Entry) -> float | None:
 
 def _stability(entry: Entry) -> float | None:
     found = entry.pair.both.stability_averages if entry.pair.both else ()
-    chosen = next((a for sigma in ("ppl", "nll") for a in found if a.name == "all" and a.sigma == sigma), None)
+    chosen = next((a for sigma in ("nll", "ppl") for a in found if a.name == "all" and a.sigma == sigma), None)
     return chosen.stability if chosen else None
 
 

@@ -28,7 +28,7 @@ def pairs(results: Results) -> list[Pair]:
 
 
 def one_per_task(pair: Pair) -> list[StabilityResult]:
-    """One result for each task: by plain accuracy where there is one, weighted by perplexity where there is one."""
+    """One result for each task: by plain accuracy where there is one, weighted by NLL where there is one."""
     found: dict[str, StabilityResult] = {}
     for result in pair.both.stability if pair.both else ():
         held = found.get(result.task)
@@ -38,4 +38,4 @@ def one_per_task(pair: Pair) -> list[StabilityResult]:
 
 
 def _rank(result: StabilityResult) -> tuple[bool, bool]:
-    return result.metric != "acc", result.sigma != "ppl"
+    return result.metric != "acc", result.sigma != "nll"

@@ -118,7 +118,7 @@ def _stability(pair: Pair) -> Part | None:
     found = pair.both.stability
     if not found:
         return None
-    sigma = "ppl" if any(s.sigma == "ppl" for s in found) else "nll"
+    sigma = "nll" if any(s.sigma == "nll" for s in found) else "ppl"
     averages = [a for a in pair.both.stability_averages if a.name == "all" and a.sigma == sigma]
     own = [s for s in found if s.sigma == sigma]
     value = averages[0].stability if averages else sum(s.stability for s in own) / len(own)

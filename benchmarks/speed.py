@@ -1,0 +1,160 @@
+"""Cost of measuring and of training, as ratios taken in one process against plain forwards of the same model.
+
+    python benchmarks/speed.py [--model demo] [--tokens 32768] [--rounds 3]
+
+* analyze: the streamed pass over all spans, by plain forwards through the same layers without head, same windows and
+  dtype, in turns; peak memory over the model's own, and the same for four times the tokens.
+* step: one MSE training step, by the teacher to the span's end + forward and backward of the replacement.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from llm_streamline.arch import get_layers
+from llm_streamline.config import TrainingConfig
+from llm_streamline.data.windows import Windows
+from llm_streamline.measure.partial import run_tapped
+from llm_streamline.measure.stats import CosineStats
+from llm_streamline.measure.stream import observe
+from llm_streamline.plan import ModelFacts, Network, Plan, Replace
+from llm_streamline.replacements.build import build_replacements
+from llm_streamline.runtime import current_memory_bytes, peak_memory, reset_peak_memory, versions
+from llm_streamline.sources import load_model, resolve_model
+from llm_streamline.training.student import Student
+
+SEQ_LEN, BATCH = 512, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    loaded = load_model(resolve_model(arguments.model), arguments.dtype)
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": versions(),
+        "threads": torch.get_num_threads(),
+        "model": arguments.model,
+        "dtype": str(loaded.dtype),
+        "analyze": analyze(loaded.model, arguments.tokens, arguments.rounds),
+        "mse_step": mse_step(loaded.model, arguments.rounds),
+    }
+    print(json.dumps(result, indent=2))
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / "speed.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def random_windows(model: torch.nn.Module, num_tokens: int) -> Windows:
+    """Random token ids: what they say costs nothing."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    shape = (num_tokens // SEQ_LEN, SEQ_LEN)
+    return Windows(input_ids=torch.randint(vocabulary, shape, generator=generator, dtype=torch.int32))
+
+
+def analyze(model: torch.nn.Module, num_tokens: int, rounds: int) -> dict:
+    num_layers, windows = len(get_layers(model)), random_windows(model, num_tokens)
+    plain_times, pass_times = [], []
+    _plain(model, windows, num_layers, limit=1)
+    base = current_memory_bytes()
+    for _ in range(rounds):
+        plain_times.append(_plain(model, windows, num_layers))
+        pass_times.append(observe(model, windows, CosineStats(num_layers), BATCH * SEQ_LEN, "pass"))
+    peaks = {}
+    for tokens in (num_tokens, 4 * num_tokens):
+        reset_peak_memory()
+        observe(model, random_windows(model, tokens), CosineStats(num_layers), BATCH * SEQ_LEN, "pass")
+        peaks[tokens] = (peak_memory().host_bytes - base) / 1e6
+    return {
+        "tokens": num_tokens,
+        "spans": num_layers * (num_layers + 1) // 2,
+        "ratio_to_plain_forward": _ratio(pass_times, plain_times),
+        "tokens_per_second": num_tokens / statistics.median(pass_times),
+        "peak_over_model_MB": peaks,
+    }
+
+
+@torch.inference_mode()
+def _plain(model: torch.nn.Module, windows: Windows, num_layers: int, limit: int | None = None) -> float:
+    started = time.perf_counter()
+    for i, ids in enumerate(windows.batches(BATCH)):
+        if i == limit:
+            break
+        run_tapped(model, {"input_ids": ids.to(model.device)}, stop=num_layers)
+    return time.perf_counter() - started
+
+
+def mse_step(model: torch.nn.Module, rounds: int) -> dict:
+    num_layers = len(get_layers(model))
+    start = num_layers // 3
+    stop = start + max(2, num_layers // 3)
+    config = model.config.get_text_config()
+    facts = ModelFacts(
+        spec="benchmark",
+        fingerprint="",
+        model_type=config.model_type,
+        num_layers=num_layers,
+        hidden_size=config.hidden_size,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+    )
+    edit = Replace(start=start, stop=stop, network=Network(kind="layer"), templates=(start,))
+    plan = Plan(model=facts, edits=(edit,))
+    student = Student(model, plan, build_replacements(model, plan), TrainingConfig(objective={"mse": 1.0}))
+    optimiser = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    ids = random_windows(model, BATCH * SEQ_LEN).input_ids.to(model.device, torch.long)
+    layer = get_layers(model)[start]
+    kept: dict = {}
+
+    def keep(_module, args, kwargs):
+        kept["args"], kept["kwargs"] = args, kwargs
+
+    handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        run_tapped(model, {"input_ids": ids}, stop=stop)
+    handle.remove()
+    state = kept["args"][0].clone()
+    trained = student.replacements[0].layers[0]
+
+    def parts() -> float:
+        started = time.perf_counter()
+        with torch.no_grad():
+            run_tapped(model, {"input_ids": ids}, stop=stop)
+        with student._arithmetic(ids.device):
+            output = trained(state, *kept["args"][1:], **kept["kwargs"])
+        (output[0] if isinstance(output, tuple) else output).float().square().mean().backward()
+        optimiser.zero_grad()
+        return time.perf_counter() - started
+
+    def step() -> float:
+        started = time.perf_counter()
+        student(ids)["loss"].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        return time.perf_counter() - started
+
+    parts(), step()
+    whole, pieces = [], []
+    for _ in range(3 * rounds):
+        pieces.append(parts())
+        whole.append(step())
+    return {"span": [start, stop], "ratio_to_parts": _ratio(whole, pieces), "seconds": statistics.median(whole)}
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> dict:
+    """Median, lowest and highest ratio over rounds taken in turns."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {"median": round(statistics.median(ratios), 3), "low": round(min(ratios), 3), "high": round(max(ratios), 3)}
+
+
+if __name__ == "__main__":
+    main()
