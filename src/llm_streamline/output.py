@@ -180,7 +180,8 @@ def claim(out: Path, names: Iterable[str]) -> list[str]:
     for name in sorted(names - set(before)):
         if (out / name).exists():
             raise OutputError(f"{out / name} exists and was not written by {_TOOL_NAME}: move it away, then run again")
-    write_json(out / TOOL_FOLDER / _OWNED_FILE, sorted({*before, *names}))
+    if not names <= set(before):
+        write_json(out / TOOL_FOLDER / _OWNED_FILE, sorted({*before, *names}))
     return before
 
 

@@ -18,11 +18,11 @@ from llm_streamline.checkpoint import probe_texts, prove_checkpoint, save_checkp
 from llm_streamline.config import Recipe
 from llm_streamline.data.overlap import check_text_unseen
 from llm_streamline.data.windows import Windows
-from llm_streamline.errors import MissingExtraError, OutputError, PlanError, StreamlineError
+from llm_streamline.errors import MissingExtraError, OutputError, PlanError, StreamlineError, TextError
 from llm_streamline.estimate import preview_plan
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
-from llm_streamline.evaluation.material import check_config
+from llm_streamline.evaluation.material import check_config, gather
 from llm_streamline.evaluation.result import Results
 from llm_streamline.evaluation.size import model_size
 from llm_streamline.logs import get_logger
@@ -52,6 +52,7 @@ from llm_streamline.report.tables import Preview
 from llm_streamline.runtime import versions
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 
+HELD_OUT = "held-out text"  # name of the run's own evaluation windows in its results
 WORK_FOLDER = "work"  # tokens and checkpoints: needed to go on after a kill, not part of the result
 log = get_logger()
 
@@ -238,6 +239,7 @@ def compress(
         roles = ("calibration", "train", "validation", "evaluation")
         windows = stages.make_windows(loaded, recipe, roles, folder / WORK_FOLDER / "windows")
         _check_evaluation_text(recipe, windows)
+        wanted = _evaluation_wanted(recipe, loaded, windows)
         run_key = stages.key_of(source.fingerprint, recipe.model_dump(mode="json"), _hashes(windows))
         if is_complete(out) and read_manifest(out).get("key") == run_key:
             log.info("%s holds this very run already, finished; --fresh starts over", out)
@@ -252,7 +254,7 @@ def compress(
     proof = _trained_checkpoint(loaded, plan, recipe, windows, out, ledger, texts)
     del loaded
     gc.collect()
-    results = _evaluated(source, recipe, plan, out, ledger, windows)
+    results = _evaluated(source, recipe, wanted, plan, out, ledger, windows)
     manifest = {"key": run_key, "recipe_name": recipe_name}
     report = _finish(out, plan, recipe, source, manifest)
     return Outcome(out, plan, preview, results, proof, report)
@@ -338,13 +340,16 @@ def _install_and_prove(
 
 
 def _evaluated(
-    source: ModelSource, recipe: Recipe, plan: Plan, out: Path, ledger: stages.Ledger, windows: dict[str, Windows]
+    source: ModelSource,
+    recipe: Recipe,
+    config: EvaluationConfig,
+    plan: Plan,
+    out: Path,
+    ledger: stages.Ledger,
+    windows: dict[str, Windows],
 ) -> Results:
     path = out / TOOL_FOLDER / "results.json"
     saved = json.loads((out / TOOL_FOLDER / stages.LEDGER_FILE).read_text(encoding="utf-8"))["save"]["key"]
-    config = recipe.evaluation
-    if not config.tasks:
-        config = config.model_copy(update={"tasks": ("continuation",)})
     key = stages.key_of(saved, config.model_dump(mode="json"), windows["evaluation"].provenance["sha256"])
     if ledger.is_done("evaluate", key):
         log.info("results: measured before, taken from %s", path)
@@ -353,7 +358,7 @@ def _evaluated(
         log.info("evaluating against the original")
         original = load_model(source, recipe.dtype, recipe.device)
         compressed = load_model(resolve_model(str(out)), "auto", recipe.device)
-        held_out = {"held-out text": windows["evaluation"]}
+        held_out = {HELD_OUT: windows["evaluation"]}
         return run_evaluation(
             compressed, original, config, out=path, windows=held_out, command=_command(), plan_hash=plan.digest()
         )
@@ -373,6 +378,7 @@ def _finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: 
         **manifest,
     }
     report = write_report(out, manifest=content)
+    claim(out, ["README.md"])  # once more: what is published since is all that counts as ours
     write_card(out, base_card=_base_card(base))
     write_manifest(out, content)
     return report
@@ -465,6 +471,25 @@ def _found(out: Path, loaded: LoadedModel, recipe: Recipe) -> Outcome:
     statistics = Statistics.load(folder)
     results = Results.load(folder / "results.json")
     return Outcome(out, plan, _preview(loaded, plan, recipe, statistics), results, None, folder / "report.html")
+
+
+def _evaluation_wanted(recipe: Recipe, loaded: LoadedModel, windows: dict[str, Windows]) -> EvaluationConfig:
+    """The recipe's evaluation; where it names no task, the one made of the held-out text, if that is long enough.
+
+    Raises:
+        TextError, TaskError: if a task that the recipe names cannot be made: now, not after the training.
+    """
+    config, held_out = recipe.evaluation, {HELD_OUT: windows["evaluation"]}
+    if config.tasks:
+        gather(config, loaded.tokenizer, held_out)
+        return config
+    wanted = config.model_copy(update={"tasks": ("continuation",)})
+    try:
+        gather(wanted, loaded.tokenizer, held_out)
+    except TextError as problem:
+        log.info("no accuracy and no stability will be measured: %s", problem)
+        return config
+    return wanted
 
 
 def _hashes(windows: dict[str, Windows]) -> dict[str, str]:
