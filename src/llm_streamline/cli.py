@@ -280,7 +280,7 @@ def stability(
 
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]) -> None:
-    """Write the report page and the model card again, from the files of a run."""
+    """Write the report page again, from the files of a run."""
     from llm_streamline.report.html import write_report
 
     print(write_report(out))
@@ -300,6 +300,75 @@ def compare(
         _console().print(table)
     if out:
         print(write_comparison(runs, out))
+
+
+@app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(help="Folder of a run, or a .gguf file together with --plan.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.", show_default=False)],
+    gguf: Annotated[
+        str | None, typer.Option("--gguf", help="F32, F16, BF16, Q8_0, Q4_0, ...: a GGUF file of that type.")
+    ] = None,
+    slices: Annotated[bool, typer.Option("--slices", help="mergekit's slices, for a run that only removes.")] = False,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Cut a GGUF file by this plan without leaving the format.")
+    ] = None,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Write a run as a GGUF file or as mergekit slices, or cut a GGUF file by a plan."""
+    from llm_streamline.errors import ConfigError
+
+    if sum((gguf is not None, slices, plan is not None)) != 1:
+        raise ConfigError("export wants exactly one of --gguf TYPE, --slices, --plan FILE")
+    if slices:
+        from llm_streamline.export.slices import to_slices
+        from llm_streamline.export.whole_file import new_file
+        from llm_streamline.report.run import load_run
+
+        text = to_slices(_plan_of(load_run(run)))
+        with new_file(out) as path:
+            path.write_text(text, encoding="utf-8")
+        answer = {"out": str(out)}
+    elif plan is not None:
+        from llm_streamline.export.gguf_cut import cut_gguf
+        from llm_streamline.plan import Plan
+
+        answer = _export_answer(cut_gguf(run, out, Plan.load(plan)))
+    else:
+        from llm_streamline.export.gguf import export_gguf
+
+        answer = _export_answer(export_gguf(run, out, gguf))
+    if as_json:
+        _print_json(answer)
+    else:
+        print(" ".join(f"{name}: {value}" for name, value in answer.items()))
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Hub repository: name or user/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+) -> None:
+    """Upload a finished run to the Hub, with its model card."""
+    from llm_streamline.export.hub import push as upload
+
+    print(upload(run, repo, private))
+
+
+@app.command()
+def architectures(as_json: o.JsonOption = False) -> None:
+    """List the model families of the installed transformers: sound, refused with the reason, or untested."""
+    from llm_streamline.architectures import list_architectures
+
+    found = list_architectures()
+    if as_json:
+        _print_json([{"model_type": f.model_type, "status": f.status, "reason": f.reason} for f in found])
+        return
+    for one in found:
+        print(f"{one.model_type:28} {one.status:9} {one.reason or ''}".rstrip())
 
 
 @app.command()
@@ -332,6 +401,20 @@ def demo(
 
 
 # --- showing answers
+
+
+def _export_answer(done: Any) -> dict[str, Any]:
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return {"out": str(done.path), "dtype": done.dtype, "bytes": done.num_bytes}
+
+
+def _plan_of(run: Any) -> Any:
+    from llm_streamline.errors import PlanError
+
+    if run.plan is None:
+        raise PlanError(f"{run.folder} holds no plan.json; name the folder of a run of compress, train or apply")
+    return run.plan
 
 
 def _print_json(answer: Any) -> None:

@@ -144,8 +144,8 @@ def test_the_note_names_the_layer_of_the_massive_activation(model):
     sums = statistics_from(*massive_tables())
     sums.norm_sum_first[2:] *= 1000
     plan = streamline(probe_with(model, sums), StreamlineConfig(num_removed=2, verify=0))
-    assert "layer(s) 1 make a massive activation at the first token" in plan.selection.notes
-    assert any("the chosen span holds layer(s) 1" in note for note in plan.selection.notes)
+    assert "layer 1 makes a massive activation at the first token" in plan.selection.notes
+    assert any("the chosen span holds layer 1" in note for note in plan.selection.notes)
 
 
 def test_a_silent_layer_is_found_and_costs_nothing():

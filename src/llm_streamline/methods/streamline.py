@@ -1,8 +1,8 @@
 """LLM-Streamline (Chen et al. 2024, arXiv:2403.19135): remove the contiguous span that changes the hidden state least.
 
 The paper takes the span with the highest mean cosine. We depart from it in two ways, both off with `verify: 0`: the
-best few are tried by held-out LM loss, and half of these few are the best of the spans that keep every layer which makes
-a massive activation; the mean cosine alone is known to pick spans that collapse (specifications: 6.4, findings 1).
+best few are tried by held-out LM loss, and half of these few are the best of the spans that keep every layer which
+makes a massive activation; the mean cosine alone is known to pick spans that collapse (specifications: 6.4, findings 1).
 """
 
 from typing import Literal
@@ -66,7 +66,7 @@ def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
         candidates=candidates,
         original_loss=None if original is None else float(original.mean()),
         margin=margin,
-        notes=_notes(statistics, spans[order[0]]),
+        notes=_notes(statistics, plans[order[0]]),
     )
     return plans[order[0]].model_copy(update={"selection": selection})
 
@@ -120,13 +120,23 @@ def _similarity_margin(statistics: Statistics, chosen: Span, length: int, seed: 
     return Margin(quantity="similarity", difference=difference, low=low, high=high, num_blocks=int((count > 0).sum()))
 
 
-def _notes(statistics: Statistics, chosen: Span) -> tuple[str, ...]:
+def _notes(statistics: Statistics, plan: Plan) -> tuple[str, ...]:
     massive = statistics.massive_layers
-    inside = [layer for layer in massive if chosen[0] <= layer < chosen[1]]
-    notes = []
-    if massive:
-        names = ", ".join(str(layer) for layer in massive)
-        notes.append(f"layer(s) {names} make a massive activation at the first token")
-    if inside:
-        notes.append(f"the chosen span holds layer(s) {', '.join(map(str, inside))} of these")
+    if not massive:
+        return ()
+    notes = [f"{_layers(massive)} a massive activation at the first token"]
+    edit = plan.edits[0]
+    inside = [layer for layer in massive if edit.start <= layer < edit.stop]
+    started = [layer for layer in inside if layer in edit.templates]
+    lost = [layer for layer in inside if layer not in started]
+    if started:
+        notes.append(f"the replacement starts from layer {', '.join(map(str, started))}, so it can make it too")
+    if lost:
+        notes.append(f"the chosen span holds layer {', '.join(map(str, lost))}, so it is lost")
     return tuple(notes)
+
+
+def _layers(layers: list[int]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]} makes"
+    return f"layers {', '.join(map(str, layers))} make"
