@@ -11,8 +11,8 @@ from tiny import TINY_ROWS, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
+from export_plans import removing, replacing
 from folders import tiny_folder
-from plans import removing, replacing
 
 from llm_streamline.checkpoint import save_checkpoint
 from llm_streamline.errors import ArchitectureError, OutputError, PlanError

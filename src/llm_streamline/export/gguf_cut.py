@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llm_streamline.errors import ArchitectureError, PlanError
 from llm_streamline.export.gguf import GgufExport
-from llm_streamline.export.gguf_families import LAYERS_OF_27B, counted_pattern, find_period
+from llm_streamline.export.gguf_families import LAYERS_OF_27B, counted_pattern, window_period
 from llm_streamline.export.gguf_raw import UINT32, Entry, RawGguf, write_raw
 from llm_streamline.export.whole_file import new_file
 from llm_streamline.files import check_room
@@ -148,13 +148,7 @@ def _with_period(raw: RawGguf, arch: str, sources: Sequence[int], entries: list[
     default = _SETTABLE_PERIODS[arch]
     before = counted_pattern(stated if isinstance(stated, int) else default, raw.get(f"{arch}.block_count"))
     after = [before[source] for source in sources]
-    period = find_period(after, default)
-    if period is None:
-        raise ArchitectureError(
-            f"after this cut the attention windows of the {arch} model follow no period (sliding layers: "
-            f"{[i for i, slides in enumerate(after) if slides]}), and llama.cpp computes them by counting: it would "
-            f"give wrong output. Remove layers so that every p-th has full attention, e.g. whole groups of {default}"
-        )
+    period = window_period(arch, after, default)
     entries = [entry for entry in entries if entry.key != key]
     if period != default:
         entries.append(Entry(key, UINT32, struct.pack("<I", period)))

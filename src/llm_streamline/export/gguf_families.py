@@ -150,29 +150,45 @@ def sliding_layers(config: "PretrainedConfig") -> list[bool]:
 
 
 def find_period(sliding: list[bool], default: int) -> int | None:
-    """The period p for which layer i slides exactly when i % p < p - 1; 0 when all slide; None when there is none."""
-    for period in (default, *range(1, len(sliding) + 1), 0):
+    """The period p for which layer i slides exactly when i % p < p - 1; None when there is none."""
+    for period in (default, *range(2, len(sliding) + 1)):
         if sliding == counted_pattern(period, len(sliding)):
             return period
     return None
 
 
 def counted_pattern(period: int, num_layers: int) -> list[bool]:
-    """For each layer whether it slides, as llama.cpp counts; period 0 means that all do."""
+    """For each layer whether it slides, as llama.cpp counts; with period 0 all do."""
     return [period == 0 or i % period < period - 1 for i in range(num_layers)]
+
+
+def window_period(arch: str, sliding: list[bool], default: int) -> int:
+    """The period of the layers with full attention, as llama.cpp wants it.
+
+    Raises:
+        ArchitectureError: there is none, or all layers are of one kind, which makes llama.cpp abort.
+    """
+    listed = f"sliding layers: {[i for i, slides in enumerate(sliding) if slides]} of {len(sliding)}"
+    other = "or serve the Hugging Face folder with transformers or vLLM"
+    if len(set(sliding)) == 1:
+        raise ArchitectureError(
+            f"llama.cpp runs {arch} models only with both sliding and full attention ({listed}): keep at least one "
+            f"layer of each kind, {other}"
+        )
+    period = find_period(sliding, default)
+    if period is None:
+        raise ArchitectureError(
+            f"the attention windows of this {arch} model would follow no period ({listed}), and llama.cpp computes "
+            "them by counting: it would give wrong output. Remove layers so that every p-th has full attention, e.g. "
+            f"whole groups of {default}, {other}"
+        )
+    return period
 
 
 def _counted_windows(arch: str) -> Callable[["PretrainedConfig"], Metadata]:
     def metadata(config: "PretrainedConfig") -> Metadata:
         default = SWA_PERIODS[arch]
-        period = find_period(sliding_layers(config), default)
-        if period is None:
-            raise ArchitectureError(
-                f"the windows of this {arch} model follow no period any more (sliding layers: "
-                f"{[i for i, slides in enumerate(sliding_layers(config)) if slides]}), and llama.cpp computes them by "
-                "counting: it would give wrong output. Remove layers so that every p-th has full attention, or serve "
-                "the folder with transformers or vLLM"
-            )
+        period = window_period(arch, sliding_layers(config), default)
         values: Metadata = {"attention.sliding_window": config.sliding_window}
         # a list under this key is ignored by llama.cpp for this family; a single number is the period
         return values if period == default else values | {"attention.sliding_window_pattern": period}
