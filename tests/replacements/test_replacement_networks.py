@@ -44,6 +44,11 @@ SOME = [
 ]
 
 
+IDENTITIES = [("layer", name) for name in TINY_ROWS] + [
+    (kind, name) for kind in ("swiglu", "ffn", "linear") for name in [*SOME, "mixtral", "granite", "olmo2", "gemma3"]
+]
+
+
 def built(model, plan):
     """The plan's network, or a skip with the reason that the code gives for refusing it."""
     try:
@@ -77,8 +82,7 @@ def span_of(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", TINY_ROWS)
-@pytest.mark.parametrize("kind", ["layer", "swiglu", "ffn", "linear"])
+@pytest.mark.parametrize(("kind", "name"), IDENTITIES)
 def test_the_identity_start_is_removal_bit_for_bit(name, kind):
     model, ids = tiny_model(name), tiny_tokens()
     plan = replacing(model, *span_of(name), kind, init="identity")
