@@ -63,6 +63,7 @@ def test_sparsity_is_reached_and_one_layer_fewer_would_miss_it():
 def test_a_sparsity_that_is_met_exactly_is_not_overshot():
     assert decide(Target(sparsity=0.3), None, ([10] * 10, 100)).num_removed == 3
     assert decide(Target(sparsity=0.7), None, ([10] * 10, 100)).num_removed == 7
+    assert decide(Target(sparsity=0.07), None, ([1] * 50, 100)).num_removed == 7  # 0.07 * 100 is 7.000000000000001
 
 
 def test_parameters_are_a_ceiling():
