@@ -64,7 +64,7 @@ def save_checkpoint(
             raise OutputError(f"{name!r} is no name for a file beside the weights")
     out = open_output(out)
     dtype = _unify_dtype(model)
-    _tidy_config(model, dtype, extra_files)
+    tidy_config(model, dtype, extra_files)
     check_room(out, sum(p.numel() * p.element_size() for p in model.parameters()))
     with saving(out), temporary_folder(out) as staging:
         with quiet_transformers():
@@ -73,7 +73,7 @@ def save_checkpoint(
             model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=renamed)
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
-        _serve_older_readers(staging)
+        serve_older_readers(staging)
         for name, content in extra_files.items():
             path = staging / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def _unify_dtype(model: "PreTrainedModel") -> "torch.dtype":
     return dtype
 
 
-def _tidy_config(model: "PreTrainedModel", dtype: "torch.dtype", extra_files: Mapping[str, str | bytes]) -> None:
+def tidy_config(model: "PreTrainedModel", dtype: "torch.dtype", extra_files: Mapping[str, str | bytes]) -> None:
     config = model.config
     for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         if hasattr(part, "quantization_config"):
@@ -153,7 +153,7 @@ def _tidy_generation(generation: "GenerationConfig") -> None:
         get_logger(__name__).debug("generation_config: unset %s, which had no effect", ", ".join(unset))
 
 
-def _serve_older_readers(folder: Path) -> None:
+def serve_older_readers(folder: Path) -> None:
     """Add the older spellings of what transformers 5 spells anew, where the old one can say the same.
 
     transformers 4 takes theta 10,000 in silence when `rope_theta` is missing, and knows no class TokenizersBackend.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import (
+    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -147,6 +148,8 @@ class ReplacementConfig(FrozenModel):
 
 class TrainingConfig(FrozenModel):
     """Training the replacement. Names are those of transformers.TrainingArguments where it has one."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     tokens: NonNegativeInt = Field(262_144, description="training tokens; 0 keeps the untrained start")
     objective: dict[str, PositiveFloat] = Field({"kl": 1.0}, description="weights of mse, lm and kl")

@@ -230,8 +230,24 @@ def _convert(path: Path, header: GgufHeader) -> tuple["PreTrainedModel", "PreTra
         config.rms_norm_eps = _shortest_float32(config.rms_norm_eps)
     if hasattr(model.config, "_model_name_or_path"):  # general.name under a key that nothing reads
         del model.config._model_name_or_path
+    _check_windows(path, header, config)
     _mend_tokenizer(tokenizer, header, config)
     return model, tokenizer
+
+
+def _check_windows(path: Path, header: GgufHeader, config: Any) -> None:
+    """Refuse a file whose period of sliding layers transformers does not take over: it counts by the family's own."""
+    arch = header.metadata.get("general.architecture")
+    period = header.metadata.get(f"{arch}.attention.sliding_window_pattern")
+    kinds = getattr(config, "layer_types", None)
+    if not isinstance(period, int) or kinds is None:
+        return
+    stated = [period == 0 or index % period < period - 1 for index in range(len(kinds))]
+    if stated != [kind == "sliding_attention" for kind in kinds]:
+        raise SourceError(
+            f"{path} has sliding layers in a period of {period}, which transformers does not read from GGUF; "
+            "start from the model's Hugging Face folder"
+        )
 
 
 def _dequantise() -> dict[str, Any]:

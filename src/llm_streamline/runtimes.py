@@ -13,15 +13,14 @@ from llm_streamline.layer_config import text_config
 # Recent llama.cpp takes the window of each layer from the key attention.sliding_window_pattern when a file has it as a
 # list, and counts otherwise; the step of layers without rotary positions is a constant in its source, in no key at all.
 _LLAMA_CPP = "llama.cpp and what is built on it"
-_LLAMA_CPP_SWA = f"{_LLAMA_CPP} (unless the GGUF file lists sliding_window_pattern for each layer)"
 _OLD_TRANSFORMERS = "transformers before 4.53"
 # Family -> (per-layer config key, runtimes that count instead of reading it).
 _COUNTED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "gemma2": (("layer_types", (_LLAMA_CPP_SWA, _OLD_TRANSFORMERS)),),
-    "gemma3_text": (("layer_types", (_LLAMA_CPP_SWA, _OLD_TRANSFORMERS)),),
-    "cohere2": (("layer_types", (_LLAMA_CPP_SWA, _OLD_TRANSFORMERS)),),
-    "gpt_oss": (("layer_types", (_LLAMA_CPP_SWA, "vLLM", "TensorRT-LLM")),),
-    "exaone4": (("layer_types", (_LLAMA_CPP_SWA,)),),
+    "gemma2": (("layer_types", (_LLAMA_CPP, _OLD_TRANSFORMERS)),),
+    "gemma3_text": (("layer_types", (_LLAMA_CPP, _OLD_TRANSFORMERS)),),
+    "cohere2": (("layer_types", (_LLAMA_CPP, _OLD_TRANSFORMERS)),),
+    "gpt_oss": (("layer_types", (_LLAMA_CPP, "vLLM", "TensorRT-LLM")),),
+    "exaone4": (("layer_types", (_LLAMA_CPP,)),),
     "smollm3": (("no_rope_layers", (_LLAMA_CPP,)),),
     "llama4_text": (("no_rope_layers", (_LLAMA_CPP,)), ("moe_layers", (_LLAMA_CPP,))),
 }

@@ -30,7 +30,7 @@ from llm_streamline.measure.stream import observe
 from llm_streamline.methods.registry import Method, MethodConfig, find_method
 from llm_streamline.methods.streamline import span_plan
 from llm_streamline.output import write_bytes, write_json, write_text
-from llm_streamline.plan import ModelFacts, Plan, Selection
+from llm_streamline.plan import ModelFacts, Plan, Replace, Selection, templates_for
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.build import build_replacements
 from llm_streamline.replacements.starts import quick_start
@@ -119,11 +119,19 @@ def check_wishes(loaded: LoadedModel, recipe: Recipe) -> None:
     Raises:
         PlanError: if the target or the span does not fit the model.
         ConfigError: if the method does not take its options.
+        ArchitectureError: if this architecture cannot hold such a network.
     """
+    facts, network = model_facts(loaded), recipe.replacement.network()
     if recipe.selection.span:
-        _check_span(recipe, model_facts(loaded).num_layers)
+        span = recipe.selection.span
+        _check_span(recipe, facts.num_layers)
     else:
-        _method_wishes(loaded, recipe)
+        size, _, _ = _method_wishes(loaded, recipe)
+        first = 1 if network and network.kind == "linear" else 0  # folded into the layer before
+        span = (first, min(first + size.num_removed, facts.num_layers))
+    if network:  # built once for any span, to hear now whether this architecture can hold it
+        edit = Replace(start=span[0], stop=span[1], network=network, templates=templates_for(network, *span))
+        build_replacements(loaded.model, Plan(model=facts, edits=(edit,)))
 
 
 def check_text(loaded: LoadedModel, recipe: Recipe) -> None:

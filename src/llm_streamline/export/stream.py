@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_streamline.arch import find_arch
-from llm_streamline.checkpoint import _serve_older_readers, _tidy_config
+from llm_streamline.checkpoint import serve_older_readers, tidy_config
 from llm_streamline.errors import ArchitectureError, PlanError
 from llm_streamline.export.shards import num_bytes, parse_size, split_shards, write_shards
 from llm_streamline.output import check_room, open_output, publish, saving, temporary_folder
@@ -73,7 +73,7 @@ def stream_plan(
     prefix = _layer_prefix(weights, arch.layers, first, arch.num_layers, source.spec)
     sources = apply_plan(skeleton, plan)
     dtype = _own_dtype(skeleton, weights)
-    _tidy_config(skeleton, dtype, {})
+    tidy_config(skeleton, dtype, {})
     renamed = _renamed(weights, prefix, sources, skeleton)
     headers = {new: _header(skeleton, new, weights.tensors[old], dtype) for new, old in renamed.items()}
     out = open_output(out, source=source.path)
@@ -88,7 +88,7 @@ def stream_plan(
                 tokenizer.save_pretrained(staging)
         shards = split_shards(headers.items(), parse_size(max_shard_size))
         write_shards(staging, shards, headers, _reader(weights, renamed, headers))
-        _serve_older_readers(staging)
+        serve_older_readers(staging)
         for name, text in (extra_files or {}).items():
             (staging / name).write_text(text, encoding="utf-8")
         publish(staging, out, last="config.json")

@@ -69,7 +69,7 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient.mul_(upstream) if gradient is not None else None), None, None
+        return (gradient * upstream if gradient is not None else None), None, None
 
 
 def _pieces(logits: Tensor, other: Tensor):

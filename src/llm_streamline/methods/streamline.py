@@ -1,8 +1,8 @@
 """LLM-Streamline (Chen et al. 2024, arXiv:2403.19135): remove the contiguous span that changes the hidden state least.
 
 The paper takes the span with the highest mean cosine. We depart from it in two ways, both off with `verify: 0`: the
-best few are tried by held-out LM loss, and half of these few are the best of the spans that keep every layer which
-makes a massive activation; the mean cosine alone is known to pick spans that collapse (specifications: 6.4, findings 1).
+best few are tried by held-out LM loss, and half of these few are the best of the spans that keep every layer that makes
+a massive activation; the mean cosine alone is known to pick spans that collapse (specifications: 6.4, findings 1).
 """
 
 from typing import Literal
