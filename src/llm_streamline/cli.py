@@ -4,14 +4,13 @@ Exit codes: 0 done; 1 the run or a check failed; 2 the input was refused. Heavy 
 `--help` answers at once.
 """
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llm_streamline import logs
+from llm_streamline import logs, terminal
 from llm_streamline import options as o
 from llm_streamline.errors import StreamlineError
 from llm_streamline.version import __version__
@@ -76,7 +75,7 @@ def compress(
     from llm_streamline.pipeline import compress as run
 
     outcome = run(model, out, wanted, fresh=fresh, recipe_name=str(recipe) if recipe else None)
-    _show_outcome(outcome, as_json)
+    terminal.show_outcome(outcome, as_json)
 
 
 @app.command()
@@ -112,7 +111,7 @@ def analyze(
         "similarity": [[round(v, 8) for v in row] for row in statistics.similarity.tolist()],
     }
     if as_json:
-        _print_json(answer)
+        terminal.print_json(answer)
         return
     print(f"{answer['num_spans']} spans of {num_layers} layers over {info.num_tokens:,} tokens in {info.seconds:.1f} s")
     if statistics.massive_layers:
@@ -153,9 +152,9 @@ def plan(
 
     made, preview = make_plan(model, wanted, stats=stats, out=out)
     if as_json:
-        _print_json({"out": str(out), "plan": made.model_dump(mode="json"), "preview": vars(preview)})
+        terminal.print_json({"out": str(out), "plan": made.model_dump(mode="json"), "preview": vars(preview)})
         return
-    _show_plan(made, preview)
+    terminal.show_plan(made, preview)
     print(f"plan: {out}")
 
 
@@ -176,7 +175,7 @@ def apply(
     wanted = load_recipe(recipe, o.overrides(device=device, dtype=dtype))
     from llm_streamline.pipeline import apply_plan
 
-    _show_outcome(apply_plan(plan, model, out, wanted, fresh=fresh), as_json)
+    terminal.show_outcome(apply_plan(plan, model, out, wanted, fresh=fresh), as_json)
 
 
 @app.command()
@@ -202,7 +201,7 @@ def train(
     wanted = load_recipe(recipe, o.overrides(**given))
     from llm_streamline.pipeline import train_replacement
 
-    _show_outcome(train_replacement(plan, model, out, wanted, fresh=fresh), as_json)
+    terminal.show_outcome(train_replacement(plan, model, out, wanted, fresh=fresh), as_json)
 
 
 @app.command()
@@ -250,9 +249,9 @@ def evaluate(
 
     results = run(models, config, against=against, out=out, dtype=dtype or "auto", device=device or "auto")
     if as_json:
-        _print_json(results.model_dump(mode="json"))
+        terminal.print_json(results.model_dump(mode="json"))
     else:
-        _show_results(results)
+        terminal.show_results(results)
         print(f"results: {out}")
     if gate and any(c.generation is not None and not c.generation.ok for c in results.comparisons):
         raise typer.Exit(1)
@@ -271,11 +270,11 @@ def stability(
 
     comparison = run(original, model, metric=metric, seed=seed)
     if as_json:
-        _print_json(comparison.model_dump(mode="json"))
+        terminal.print_json(comparison.model_dump(mode="json"))
         return
     from llm_streamline.report.tables import stability_table
 
-    _console().print(stability_table(comparison))
+    terminal.console().print(stability_table(comparison))
 
 
 @app.command()
@@ -297,7 +296,7 @@ def compare(
     from llm_streamline.report.tables import comparison_tables
 
     for table in comparison_tables([load_run(run) for run in runs]):
-        _console().print(table)
+        terminal.console().print(table)
     if out:
         print(write_comparison(runs, out))
 
@@ -327,7 +326,7 @@ def export(
         from llm_streamline.export.whole_file import new_file
         from llm_streamline.report.run import load_run
 
-        text = to_slices(_plan_of(load_run(run)))
+        text = to_slices(terminal.plan_of(load_run(run)))
         with new_file(out) as path:
             path.write_text(text, encoding="utf-8")
         answer = {"out": str(out)}
@@ -335,13 +334,13 @@ def export(
         from llm_streamline.export.gguf_cut import cut_gguf
         from llm_streamline.plan import Plan
 
-        answer = _export_answer(cut_gguf(run, out, Plan.load(plan)))
+        answer = terminal.export_answer(cut_gguf(run, out, Plan.load(plan)))
     else:
         from llm_streamline.export.gguf import export_gguf
 
-        answer = _export_answer(export_gguf(run, out, gguf))
+        answer = terminal.export_answer(export_gguf(run, out, gguf))
     if as_json:
-        _print_json(answer)
+        terminal.print_json(answer)
     else:
         print(" ".join(f"{name}: {value}" for name, value in answer.items()))
 
@@ -365,7 +364,7 @@ def architectures(as_json: o.JsonOption = False) -> None:
 
     found = list_architectures()
     if as_json:
-        _print_json([{"model_type": f.model_type, "status": f.status, "reason": f.reason} for f in found])
+        terminal.print_json([{"model_type": f.model_type, "status": f.status, "reason": f.reason} for f in found])
         return
     for one in found:
         print(f"{one.model_type:28} {one.status:9} {one.reason or ''}".rstrip())
@@ -378,7 +377,7 @@ def methods(as_json: o.JsonOption = False) -> None:
 
     found = [find_method(name) for name in method_names()]
     if as_json:
-        _print_json([{"name": m.name, "paper": m.paper, "summary": m.summary} for m in found])
+        terminal.print_json([{"name": m.name, "paper": m.paper, "summary": m.summary} for m in found])
         return
     for one in found:
         print(f"{one.name:12} {one.paper:18} {one.summary}")
@@ -397,84 +396,7 @@ def demo(
     wanted = load_recipe(recipe, None if recipe else DEMO)
     from llm_streamline.pipeline import compress as run
 
-    _show_outcome(run("demo", out, wanted, fresh=fresh), as_json)
-
-
-# --- showing answers
-
-
-def _export_answer(done: Any) -> dict[str, Any]:
-    for warning in done.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    return {"out": str(done.path), "dtype": done.dtype, "bytes": done.num_bytes}
-
-
-def _plan_of(run: Any) -> Any:
-    from llm_streamline.errors import PlanError
-
-    if run.plan is None:
-        raise PlanError(f"{run.folder} holds no plan.json; name the folder of a run of compress, train or apply")
-    return run.plan
-
-
-def _print_json(answer: Any) -> None:
-    print(json.dumps(answer))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def _show_plan(plan: Any, preview: Any) -> None:
-    from llm_streamline.report.tables import candidates_table, plan_table
-
-    console = _console()
-    console.print(plan_table(plan, preview))
-    if plan.selection:
-        console.print(f"target: {plan.selection.target} ({plan.selection.convention})", markup=False)
-        for note in plan.selection.notes:
-            console.print(f"note: {note}", markup=False)
-    candidates = candidates_table(plan)
-    if candidates is not None:
-        console.print(candidates)
-
-
-def _show_results(results: Any) -> None:
-    from llm_streamline.report.tables import before_after_table, verdict_table
-
-    console = _console()
-    for table in before_after_table(results):
-        console.print(table)
-    verdict = verdict_table(results)
-    if verdict is not None:
-        console.print(verdict)
-
-
-def _show_outcome(outcome: Any, as_json: bool) -> None:
-    if as_json:
-        answer = {
-            "out": str(outcome.out),
-            "plan": outcome.plan.model_dump(mode="json"),
-            "preview": vars(outcome.preview),
-            "proof": outcome.proof.model_dump(mode="json") if outcome.proof else None,
-            "results": outcome.results.model_dump(mode="json") if outcome.results else None,
-            "report": str(outcome.report) if outcome.report else None,
-        }
-        _print_json(answer)
-        return
-    console = _console()
-    if outcome.results:
-        from llm_streamline.report.tables import generation_table
-
-        _show_results(outcome.results)
-        console.print(generation_table(outcome.results))
-    else:
-        _show_plan(outcome.plan, outcome.preview)
-    print(f"checkpoint: {outcome.out}")
-    if outcome.report:
-        print(f"report:     {outcome.report}")
+    terminal.show_outcome(run("demo", out, wanted, fresh=fresh), as_json)
 
 
 def main() -> None:

@@ -1,0 +1,86 @@
+"""Printing answers: tables for people, JSON for programs, always on stdout. Heavy imports are inside the functions."""
+
+import json
+import sys
+from typing import Any
+
+
+def export_answer(done: Any) -> dict[str, Any]:
+    """Plain data of a finished export; its warnings go to stderr."""
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return {"out": str(done.path), "dtype": done.dtype, "bytes": done.num_bytes}
+
+
+def plan_of(run: Any) -> Any:
+    """The plan of a run; PlanError when it has none."""
+    from llm_streamline.errors import PlanError
+
+    if run.plan is None:
+        raise PlanError(f"{run.folder} holds no plan.json; name the folder of a run of compress, train or apply")
+    return run.plan
+
+
+def print_json(answer: Any) -> None:
+    """Print one JSON object on stdout."""
+    print(json.dumps(answer))
+
+
+def console() -> Any:
+    """A rich console on stdout."""
+    from rich.console import Console
+
+    return Console()
+
+
+def show_plan(plan: Any, preview: Any) -> None:
+    """Print a plan, its preview and its candidates."""
+    from llm_streamline.report.tables import candidates_table, plan_table
+
+    screen = console()
+    screen.print(plan_table(plan, preview))
+    if plan.selection:
+        screen.print(f"target: {plan.selection.target} ({plan.selection.convention})", markup=False)
+        for note in plan.selection.notes:
+            screen.print(f"note: {note}", markup=False)
+    candidates = candidates_table(plan)
+    if candidates is not None:
+        screen.print(candidates)
+
+
+def show_results(results: Any) -> None:
+    """Print the tables and the verdict of an evaluation."""
+    from llm_streamline.report.tables import before_after_table, verdict_table
+
+    screen = console()
+    for table in before_after_table(results):
+        screen.print(table)
+    verdict = verdict_table(results)
+    if verdict is not None:
+        screen.print(verdict)
+
+
+def show_outcome(outcome: Any, as_json: bool) -> None:
+    """Print what a run left behind."""
+    if as_json:
+        answer = {
+            "out": str(outcome.out),
+            "plan": outcome.plan.model_dump(mode="json"),
+            "preview": vars(outcome.preview),
+            "proof": outcome.proof.model_dump(mode="json") if outcome.proof else None,
+            "results": outcome.results.model_dump(mode="json") if outcome.results else None,
+            "report": str(outcome.report) if outcome.report else None,
+        }
+        print_json(answer)
+        return
+    screen = console()
+    if outcome.results:
+        from llm_streamline.report.tables import generation_table
+
+        show_results(outcome.results)
+        screen.print(generation_table(outcome.results))
+    else:
+        show_plan(outcome.plan, outcome.preview)
+    print(f"checkpoint: {outcome.out}")
+    if outcome.report:
+        print(f"report:     {outcome.report}")
