@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_streamline.errors import NoDataError, NumericsError
 
 NUM_GROUPS = 64  # windows are dealt into this many groups for the bootstrap: bounded memory, however many windows
-_CHUNK_TOKENS = 256  # states are normalised this many tokens at a time
+_CHUNK_TOKENS = 128  # states are normalised this many tokens at a time: few enough to stay in the cache
 _BLOCK_TOKENS = 16  # a float32 sum runs over at most this many tokens before it goes to float64
 
 
@@ -73,7 +73,7 @@ class CosineStats:
             norms = torch.linalg.vector_norm(states, dim=-1)  # (L+1, n)
             _check_finite(norms)
             # a state of length zero has no direction: its cosine counts as 0 with everything but itself
-            units = states / norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+            units = states.div_(norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1))
             norms = norms.double().cpu()
             self.norm_max = torch.maximum(self.norm_max, norms.amax(dim=1))
             if start == 0:
