@@ -15,7 +15,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm_streamline
-from llm_streamline import pipeline, proof
+from llm_streamline import pipeline, proof, resume
 from llm_streamline.arch import get_layers
 from llm_streamline.cli import main
 from llm_streamline.config import Recipe, load_recipe
@@ -339,14 +339,14 @@ def test_a_checkpoint_that_fails_its_proof_is_no_finished_run(place, tmp_path, m
     plan, _ = make_plan(
         str(place / "model"), recipe_of(place, **{"selection.span": (1, 3), "replacement.kind": "none"})
     )
-    save = pipeline.save_checkpoint
+    save = resume.save_checkpoint
 
     def damaging(model, *args, **kwargs):
         path = save(model, *args, **kwargs)
         get_layers(model)[0].mlp.up_proj.weight.mul_(2)  # what is in memory is not what was saved
         return path
 
-    monkeypatch.setattr(pipeline, "save_checkpoint", damaging)
+    monkeypatch.setattr(resume, "save_checkpoint", damaging)
     with pytest.raises(ProofError):
         apply_plan(plan, str(place / "model"), tmp_path / "out")
     assert not is_complete(tmp_path / "out")

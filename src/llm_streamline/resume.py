@@ -1,0 +1,176 @@
+"""The stages of a run with their ledger: each is taken from the folder when it was done for the same key, else done.
+
+Each works in the run's tool folder and says what it reuses; what it does itself is told in `stages.py`.
+"""
+
+import json
+from pathlib import Path
+
+from llm_streamline import stages
+from llm_streamline.checkpoint import prove_checkpoint, save_checkpoint
+from llm_streamline.config import Recipe
+from llm_streamline.data.overlap import check_text_unseen
+from llm_streamline.data.windows import Windows
+from llm_streamline.errors import MissingExtraError, TextError
+from llm_streamline.evaluation.config import EvaluationConfig
+from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
+from llm_streamline.evaluation.material import gather
+from llm_streamline.evaluation.result import Results
+from llm_streamline.ledger import LEDGER_FILE, Ledger, key_of
+from llm_streamline.logs import get_logger
+from llm_streamline.measure.files import Statistics
+from llm_streamline.output import TOOL_FOLDER, write_json, write_text
+from llm_streamline.plan import Plan
+from llm_streamline.proof import Proof
+from llm_streamline.replacements.base import Replacement
+from llm_streamline.replacements.build import install_plan
+from llm_streamline.replacements.ship import needs_code, shipped_files
+from llm_streamline.report.heatmap import write_heatmap_png
+from llm_streamline.run_folder import command_line
+from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
+
+HELD_OUT = "held-out text"  # name of the run's own evaluation windows in its results
+WORK_FOLDER = "work"  # tokens and checkpoints: needed to go on after a kill, not part of the result
+log = get_logger()
+
+
+def measured(loaded: LoadedModel, calibration: Windows, recipe: Recipe, folder: Path, ledger: Ledger) -> Statistics:
+    """The similarities of the calibration windows."""
+    key = key_of(loaded.source.fingerprint, str(loaded.dtype), calibration.provenance["sha256"])
+    if ledger.is_done("measure", key):
+        log.info("similarities: measured before, taken from %s", folder)
+        return Statistics.load(folder)
+    with ledger.running("measure", key):
+        statistics = stages.measure(loaded, calibration, recipe)
+        statistics.save(folder)
+        _draw(statistics, folder, None)
+    return statistics
+
+
+def decided(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    statistics: Statistics,
+    windows: dict[str, Windows],
+    folder: Path,
+    ledger: Ledger,
+) -> Plan:
+    """The plan of the recipe, written to plan.json."""
+    wishes = recipe.model_dump(mode="json", include={"target", "selection", "replacement", "seed"})
+    key = key_of(loaded.source.fingerprint, str(loaded.dtype), wishes, window_hashes(windows))
+    if ledger.is_done("plan", key):
+        plan = Plan.load(folder / "plan.json")
+        log.info("plan: made before, taken from %s", folder / "plan.json")
+        return plan
+    with ledger.running("plan", key):
+        plan = stages.decide(loaded, recipe, statistics, windows)
+        write_text(folder / "plan.json", plan.to_json())
+        _draw(statistics, folder, plan)
+    return plan
+
+
+def trained_checkpoint(
+    loaded: LoadedModel,
+    plan: Plan,
+    recipe: Recipe,
+    windows: dict[str, Windows],
+    out: Path,
+    ledger: Ledger,
+    texts: list[str],
+) -> Proof:
+    """Train, install, save and prove; a checkpoint that was proven for the same key is left as it is."""
+    folder = out / TOOL_FOLDER
+    wishes = recipe.model_dump(mode="json", include={"training", "replacement", "seed", "text"})
+    texts_seen = window_hashes({role: windows[role] for role in ("train", "validation")})
+    key = key_of(plan.digest(), str(loaded.dtype), wishes, texts_seen)
+    if ledger.is_done("save", key) and (folder / "proof.json").is_file():
+        log.info("checkpoint: trained and proven before, left as it is")
+        data = json.loads((folder / "proof.json").read_text(encoding="utf-8"))
+        return Proof.model_validate({name: value for name, value in data.items() if name != "ok"})
+    work = folder / WORK_FOLDER / key[:16]  # another key must not go on from these checkpoints
+    with ledger.running("train", key):
+        replacements, history = stages.train(loaded, plan, recipe, windows, work)
+        if history is not None:
+            write_json(folder / "training.json", history)
+        else:
+            (folder / "training.json").unlink(missing_ok=True)
+    with ledger.running("save", key):
+        return install_and_prove(loaded, plan, replacements, out, texts)
+
+
+def install_and_prove(
+    loaded: LoadedModel, plan: Plan, replacements: list[Replacement], out: Path, texts: list[str]
+) -> Proof:
+    """Put the networks into the model, save it, and show that the saved checkpoint behaves like it.
+
+    Raises:
+        ProofError: it does not.
+    """
+    log.info("saving and proving the checkpoint")
+    model = loaded.model
+    install_plan(model, plan, replacements)
+    save_checkpoint(model, loaded.tokenizer, out, extra_files=shipped_files(model))
+    proof = prove_checkpoint(out, model, loaded.tokenizer, against_text=texts, own_code=needs_code(model))
+    proof.raise_if_failed()
+    return proof
+
+
+def evaluated(
+    source: ModelSource,
+    recipe: Recipe,
+    config: EvaluationConfig,
+    plan: Plan,
+    out: Path,
+    ledger: Ledger,
+    windows: dict[str, Windows],
+) -> Results:
+    """The compressed model's results beside those of the original, both loaded from disk."""
+    path = out / TOOL_FOLDER / "results.json"
+    saved = json.loads((out / TOOL_FOLDER / LEDGER_FILE).read_text(encoding="utf-8"))["save"]["key"]
+    key = key_of(saved, config.model_dump(mode="json"), windows["evaluation"].provenance["sha256"])
+    if ledger.is_done("evaluate", key):
+        log.info("results: measured before, taken from %s", path)
+        return Results.load(path)
+    with ledger.running("evaluate", key):
+        log.info("evaluating against the original")
+        original = load_model(source, recipe.dtype, recipe.device)
+        compressed = load_model(resolve_model(str(out)), "auto", recipe.device)
+        held_out = {HELD_OUT: windows["evaluation"]}
+        return run_evaluation(
+            compressed, original, config, out=path, windows=held_out, command=command_line(), plan_hash=plan.digest()
+        )
+
+
+def evaluation_wanted(recipe: Recipe, loaded: LoadedModel, windows: dict[str, Windows]) -> EvaluationConfig:
+    """The recipe's evaluation; where it names no task, the one made of the held-out text, if that is long enough.
+
+    Raises:
+        TextError, TaskError: if a task that the recipe names cannot be made, or a text was trained on: now, not after.
+    """
+    for spec in recipe.evaluation.perplexity:
+        check_text_unseen(spec, [windows["calibration"], windows["train"], windows["validation"]])
+    config, held_out = recipe.evaluation, {HELD_OUT: windows["evaluation"]}
+    if config.tasks:
+        gather(config, loaded.tokenizer, held_out)
+        return config
+    wanted = config.model_copy(update={"tasks": ("continuation",)})
+    try:
+        gather(wanted, loaded.tokenizer, held_out)
+    except TextError as problem:
+        log.info("no accuracy and no stability will be measured: %s", problem)
+        return config
+    return wanted
+
+
+def _draw(statistics: Statistics, folder: Path, plan: Plan | None) -> None:
+    chosen = [(edit.start, edit.stop) for edit in plan.edits] if plan else []
+    tried = [(c.start, c.stop) for c in plan.selection.candidates] if plan and plan.selection else []
+    try:
+        write_heatmap_png(statistics.similarity.numpy(), folder / "similarity.png", chosen, tried)
+    except MissingExtraError as problem:
+        log.info("no similarity.png (the report draws the map itself): %s", problem)
+
+
+def window_hashes(windows: dict[str, Windows]) -> dict[str, str]:
+    """sha256 of each role's windows."""
+    return {role: found.provenance["sha256"] for role, found in windows.items()}
