@@ -4,14 +4,16 @@
 
 `ours` is the whole of `evaluate` but loading the model: reading and tokenising the files, sorting, packing, forwards,
 log-likelihoods, sums, result. `pure` hands the same padded batches to `model(...)`, logits and all, and looks at
-nothing. `plain` is the same for batches in which every choice is a row of its own: what a harness runs that does not
-share contexts.
+nothing. With `--unshared` a third figure, `plain`: the same for batches in which every choice is a row of its own, which
+is what a harness runs that does not share contexts. `--clock cpu` counts processor time instead of wall time, for a
+machine that does other things meanwhile; it makes sense with one thread only (OMP_NUM_THREADS=1).
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,14 +42,19 @@ def main() -> None:
         generation=False,
         speed=False,
     )
-    batches = recorded(loaded, config)
-    with packing(False):
-        unpacked = recorded(loaded, config)
+    if arguments.clock == "cpu" and torch.get_num_threads() > 1:
+        raise SystemExit("--clock cpu adds up the time of all threads; run with OMP_NUM_THREADS=1")
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    batches, unpacked = recorded(loaded, config), []
+    if arguments.unshared:
+        with packing(False):
+            unpacked = recorded(loaded, config)
     ours, pure, plain = [], [], []
     for _ in range(arguments.rounds):
-        pure.append(forwards(loaded.model, batches))
-        ours.append(timed_evaluation(loaded, config))
-        plain.append(forwards(loaded.model, unpacked))
+        pure.append(forwards(loaded.model, batches, clock))
+        ours.append(timed_evaluation(loaded, config, clock))
+        if unpacked:
+            plain.append(forwards(loaded.model, unpacked, clock))
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": versions(),
@@ -57,11 +64,15 @@ def main() -> None:
         "tasks": [Path(task).name for task in arguments.tasks],
         "items_per_task": arguments.limit,
         "perplexity_tokens": arguments.tokens,
-        "padded_tokens": {"ours": count(batches), "one_row_per_choice": count(unpacked)},
-        "seconds": {"ours": ours, "pure": pure, "plain": plain},
+        "clock": arguments.clock,
+        "padded_tokens": count(batches),
+        "seconds": {"ours": ours, "pure": pure},
         "ratio_to_pure_forward": _ratio(ours, pure),
-        "ratio_to_one_row_per_choice": _ratio(ours, plain),
     }
+    if unpacked:
+        result["seconds"]["plain"] = plain
+        result["padded_tokens_one_row_per_choice"] = count(unpacked)
+        result["ratio_to_one_row_per_choice"] = _ratio(ours, plain)
     print(json.dumps(result, indent=2))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -96,18 +107,18 @@ def packing(wanted: bool):
         choices.can_pack = can_pack
 
 
-def timed_evaluation(loaded: LoadedModel, config: EvaluationConfig) -> float:
-    started = time.perf_counter()
+def timed_evaluation(loaded: LoadedModel, config: EvaluationConfig, clock: Callable[[], float]) -> float:
+    started = clock()
     evaluate(loaded, config=config)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 @torch.inference_mode()
-def forwards(model: torch.nn.Module, batches: Batches) -> float:
-    started = time.perf_counter()
+def forwards(model: torch.nn.Module, batches: Batches, clock: Callable[[], float]) -> float:
+    started = clock()
     for inputs in batches:
         model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def count(batches: Batches) -> int:
@@ -128,6 +139,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=200, help="items of each task")
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens of perplexity")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--unshared", action="store_true", help="also time batches that share no context")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     return parser.parse_args()
 
 
