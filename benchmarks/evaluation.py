@@ -4,9 +4,9 @@
 
 `ours` is the whole of `evaluate` but loading the model: reading and tokenising the files, sorting, packing, forwards,
 log-likelihoods, sums, result. `pure` hands the same padded batches to `model(...)`, logits and all, and looks at
-nothing. With `--unshared` a third figure, `plain`: the same for batches in which every choice is a row of its own, which
-is what a harness runs that does not share contexts. `--clock cpu` counts processor time instead of wall time, for a
-machine that does other things meanwhile; it makes sense with one thread only (OMP_NUM_THREADS=1).
+nothing. With `--unshared` a third figure, `plain`: the same for batches in which every choice is a row of its own,
+which is what a harness runs that does not share contexts. `--clock cpu` counts processor time instead of wall time, for
+a machine that does other things meanwhile; it makes sense with one thread only (OMP_NUM_THREADS=1).
 """
 
 import argparse
