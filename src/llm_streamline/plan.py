@@ -111,21 +111,28 @@ def templates_for(network: Network, start: int, stop: int) -> tuple[int, ...]:
 
 
 class Candidate(FrozenModel):
-    """A span that was considered."""
+    """A span, or several at once, that was considered."""
 
     start: int
     stop: int
-    similarity: float = Field(description="mean cosine over all calibration tokens")
-    similarity_first: float = Field(description="mean cosine over the first token of each window only")
-    similarity_rest: float = Field(description="mean cosine over the other tokens")
+    more: tuple[tuple[int, int], ...] = Field((), description="further spans of a candidate that has several")
+    similarity: float | None = Field(None, description="mean cosine over all calibration tokens")
+    similarity_first: float | None = Field(None, description="mean cosine over the first token of each window only")
+    similarity_rest: float | None = Field(None, description="mean cosine over the other tokens")
+    score: float | None = Field(None, description="the method's own number, `score_name`; low is removed first")
     heldout_loss: float | None = Field(None, description="LM loss on held-out windows after the edit, in nats a token")
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """All of its spans, ascending."""
+        return ((self.start, self.stop), *self.more)
 
 
 class Margin(FrozenModel):
     """How clearly the chosen span leads, by a bootstrap over windows."""
 
-    quantity: str = Field(description="what is compared: `similarity` or `heldout_loss`")
-    difference: float = Field(description="runner-up's minus chosen's loss, or chosen's minus runner-up's similarity")
+    quantity: str = Field(description="what is compared: `similarity`, `heldout_loss` or the method's score")
+    difference: float = Field(description="how much better the chosen one is than the runner-up: positive")
     low: float = Field(description="2.5th percentile of the difference over bootstrap samples of windows")
     high: float = Field(description="97.5th percentile")
     num_blocks: int = Field(description="windows, or groups of windows, that were resampled")
@@ -138,7 +145,13 @@ class Selection(FrozenModel):
     target: str = Field(description="the user's target in words")
     convention: str = Field(description="how the number of layers was counted")
     chosen: tuple[int, int] | None = None
+    order: tuple[int, ...] = Field((), description="layers in the order they were chosen, where they were single ones")
     candidates: tuple[Candidate, ...] = ()
+    score_name: str = Field("", description="what the candidates' `score` is")
+    cost: float | None = Field(
+        None,
+        description="forwards of the whole model over the calibration text that the choice took; backward: two",
+    )
     original_loss: float | None = Field(None, description="LM loss of the original on the verification windows")
     margin: Margin | None = None
     notes: tuple[str, ...] = ()

@@ -164,7 +164,7 @@ def evaluation_wanted(recipe: Recipe, loaded: LoadedModel, windows: dict[str, Wi
 
 def _draw(statistics: Statistics, folder: Path, plan: Plan | None) -> None:
     chosen = [(edit.start, edit.stop) for edit in plan.edits] if plan else []
-    tried = [(c.start, c.stop) for c in plan.selection.candidates] if plan and plan.selection else []
+    tried = [span for c in plan.selection.candidates for span in c.spans] if plan and plan.selection else []
     try:
         write_heatmap_png(statistics.similarity.numpy(), folder / "similarity.png", chosen, tried)
     except MissingExtraError as problem:

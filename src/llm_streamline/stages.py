@@ -20,8 +20,8 @@ from llm_streamline.measure.partial import run_tapped
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.stats import CosineStats
 from llm_streamline.measure.stream import observe
+from llm_streamline.methods.choosing import spans_plan
 from llm_streamline.methods.registry import Method, MethodConfig, find_method
-from llm_streamline.methods.streamline import span_plan
 from llm_streamline.output import write_bytes, write_json, write_text
 from llm_streamline.plan import ModelFacts, Plan, Replace, Selection, templates_for
 from llm_streamline.replacements.base import Replacement
@@ -83,7 +83,8 @@ def check_wishes(loaded: LoadedModel, recipe: Recipe) -> None:
         span = recipe.selection.span
         _check_span(recipe, facts.num_layers)
     else:
-        size, _, _ = _method_wishes(loaded, recipe)
+        size, _, config = _method_wishes(loaded, recipe)
+        config.check_fits(facts.num_layers)
         first = 1 if network and network.kind == "linear" else 0  # folded into the layer before
         span = (first, min(first + size.num_removed, facts.num_layers))
     if network:  # built once for any span, to hear now whether this architecture can hold it
@@ -191,18 +192,20 @@ def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, w
     probe = Probe(
         model=loaded.model,
         facts=facts,
-        statistics=get_statistics,
+        measure=get_statistics,
         validation=_first(windows["validation"], recipe.selection.verify_tokens),
         start=lambda plan: untrained(loaded, plan, recipe.seed),
         batch_tokens=recipe.calibration.batch_tokens,
         seed=recipe.seed,
+        calibration=windows["calibration"],
     )
     if recipe.selection.span:
-        return _span_by_hand(probe, recipe, facts)
+        return _span_by_hand(recipe, facts)
     size, found, config = _method_wishes(loaded, recipe)
     plan = found.run(probe, config)
     selection = plan.selection or Selection(method=found.name, target="", convention="")
-    selection = selection.model_copy(update={"target": size.target, "convention": size.convention})
+    counted = {"convention": selection.convention or size.convention, "cost": probe.forward_passes}
+    selection = selection.model_copy(update={"target": size.target, **counted})
     return plan.model_copy(update={"selection": selection})
 
 
@@ -216,10 +219,10 @@ def _method_wishes(loaded: LoadedModel, recipe: Recipe) -> tuple[Decided, Method
     return size, found, parse(found.config, {**options, **recipe.selection.options}, f"options of method {found.name}")
 
 
-def _span_by_hand(probe: Probe, recipe: Recipe, facts: ModelFacts) -> Plan:
+def _span_by_hand(recipe: Recipe, facts: ModelFacts) -> Plan:
     span, network = recipe.selection.span, recipe.replacement.network()
     removed, added = _check_span(recipe, facts.num_layers)
-    plan = span_plan(probe, MethodConfig(num_removed=removed, network=network), span)
+    plan = spans_plan(facts, network, [span])
     convention = f"{removed} layers leave, {added} come back, {facts.num_layers - removed + added} remain"
     selection = Selection(method="by hand", target=f"the span {span[0]}:{span[1]}", convention=convention, chosen=span)
     return plan.model_copy(update={"selection": selection})

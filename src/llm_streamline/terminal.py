@@ -35,6 +35,7 @@ def console() -> Any:
 
 def show_plan(plan: Any, preview: Any) -> None:
     """Print a plan, its preview and its candidates."""
+    from llm_streamline.report.selection import cost_sentence
     from llm_streamline.report.tables import candidates_table, plan_table
 
     screen = console()
@@ -43,6 +44,9 @@ def show_plan(plan: Any, preview: Any) -> None:
         screen.print(f"target: {plan.selection.target} ({plan.selection.convention})", markup=False)
         for note in plan.selection.notes:
             screen.print(f"note: {note}", markup=False)
+        cost = cost_sentence(plan.selection)
+        if cost:
+            screen.print(cost, markup=False)
     candidates = candidates_table(plan)
     if candidates is not None:
         screen.print(candidates)

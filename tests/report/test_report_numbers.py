@@ -5,11 +5,12 @@ import math
 import pytest
 from report_samples import plan, results
 
+from llm_streamline.plan import Candidate, Selection
 from llm_streamline.report import words
 from llm_streamline.report.accuracy import collapsed, mean_accuracies, paired_stderr
 from llm_streamline.report.figures import figures
 from llm_streamline.report.pair import pairs
-from llm_streamline.report.selection import candidate_rows, ranked, why
+from llm_streamline.report.selection import candidate_columns, candidate_rows, ranked, why
 from llm_streamline.report.verdict import judge
 
 
@@ -138,6 +139,29 @@ def test_the_choice_is_explained():
     assert "a clear lead" in text
     assert [c.start for c in ranked(plan().selection)] == [12, 13, 11, 10, 9]
     assert [row["chosen"] for row in candidate_rows(plan().selection, chosen)] == [True, False, False, False, False]
+
+
+def test_a_method_with_a_score_of_its_own_is_explained_by_it():
+    candidates = (
+        Candidate(start=3, stop=5, score=0.1, heldout_loss=4.0),
+        Candidate(start=1, stop=2, more=((7, 8),), score=0.2, heldout_loss=3.5),
+    )
+    selection = Selection(
+        method="m",
+        target="2 layers",
+        convention="net",
+        candidates=candidates,
+        score_name="angular distance",
+        cost=12.34,
+    )
+    chosen = [(1, 2), (7, 8)]
+    text = " ".join(why(selection, chosen))
+    assert "layer 1, layer 7 cost least: 3.500" in text
+    assert "By the angular distance alone it would have been layers 3–4, at 0.500 nats a token more." in text
+    assert "12.3 forward passes over the calibration text" in text
+    rows = candidate_rows(selection, chosen)
+    assert [row["chosen"] for row in rows] == [True, False]
+    assert candidate_columns(selection) == {"score": "angular distance", "loss": "held-out loss"}
 
 
 def test_several_texts_stand_apart():

@@ -110,20 +110,30 @@ class ResumedModel:
     once, and each of them goes on from its boundary. Modules are shared with the original, which stays untouched.
     """
 
-    def __init__(self, model: nn.Module, sources: Sequence[int], at: int, patches: dict[int, nn.Module] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        sources: Sequence[int],
+        at: int,
+        patches: dict[int, nn.Module] | None = None,
+        *,
+        prefix: Sequence[int] | None = None,
+    ):
         """Make the view.
 
         Args:
             model: the original.
             sources: original index of each layer of the edited model.
-            at: boundary to resume from; the layers below it must be the original's first `at` layers.
+            at: boundary to resume from; the layers below it must be those of the model that makes the state.
             patches: position in the edited model -> module that stands there instead of the shared one.
+            prefix: original index of each layer of the model that makes the state; None: the original makes it.
         """
-        if list(sources[:at]) != list(range(at)):
-            raise AssertionError(f"the edited model does not start with the original's first {at} layers: {sources}")
+        prefix = list(range(at)) if prefix is None else list(prefix[:at])
+        if list(sources[:at]) != prefix:
+            raise AssertionError(f"the edited model does not start with the layers {prefix}: {sources}")
         layers = get_layers(model)
         returns_tuple = at > 0 and layers_return_tuples(model)
-        self._skipped = [_Skipped(layers[i], returns_tuple) for i in range(at)]
+        self._skipped = [_Skipped(layers[source], returns_tuple) for source in sources[:at]]
         self.at = at
         self.num_layers = len(sources)
         self.view = shared_view(model, sources, {**dict(enumerate(self._skipped)), **(patches or {})})

@@ -4,17 +4,20 @@ Shapes: W windows, T tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from llm_streamline.data.windows import Windows
+from llm_streamline.errors import ArchitectureError
+from llm_streamline.layer_config import edited_config
 from llm_streamline.logs import progress_bar
+from llm_streamline.measure.cost import Cost
 from llm_streamline.measure.files import Statistics
 from llm_streamline.measure.losses import token_losses
-from llm_streamline.measure.partial import ResumedModel, run_tapped
-from llm_streamline.measure.stream import batches
+from llm_streamline.measure.shared_prefix import SharedPrefix, Variant
+from llm_streamline.measure.stream import Observer, batches, observe
 from llm_streamline.plan import ModelFacts, Plan
 from llm_streamline.replacements.base import Replacement
 
@@ -27,44 +30,84 @@ class Probe:
 
     model: torch.nn.Module
     facts: ModelFacts
-    statistics: Callable[[], Statistics]  # one pass over the calibration windows, made once, on demand
+    measure: Callable[[], Statistics]  # one pass over the calibration windows
     validation: Windows
     start: Starter  # untrained networks of a plan, as training would start them
     batch_tokens: int
     seed: int
+    calibration: Windows | None = None
+    cost: Cost = field(default_factory=Cost)
+    _statistics: Statistics | None = field(default=None, init=False, repr=False)
 
-    @torch.inference_mode()
+    def statistics(self) -> Statistics:
+        """Similarity of every span, norms: one pass over the calibration windows, made once, on demand.
+
+        A pass that was made before the method asked costs as much as one made for it.
+        """
+        if self._statistics is None:
+            self._statistics = self.measure()
+            if self.calibration is not None:
+                self.cost.forward(self.facts.num_layers, self.calibration.num_tokens)
+        return self._statistics
+
+    def observe(self, observer: Observer, title: str) -> None:
+        """Feed an observer of the method's own with one pass over the calibration windows.
+
+        Raises:
+            NumericsError: if the observer finds a state that is not finite.
+        """
+        observe(self.model, self.calibration, observer, self.batch_tokens, title)
+        self.cost.forward(observer.boundaries[-1], self.calibration.num_tokens)
+
     def losses(self, plans: Sequence[Plan]) -> tuple[Tensor, list[Tensor]]:
         """LM loss of the original and of each plan on the held-out windows.
-
-        The layers that a plan leaves alone below its first edit run once for all plans together.
 
         Returns:
             (W,) float64 nats a token of the original, and the same for each plan.
         """
-        views = [self._resumed(plan) for plan in plans]
-        original: list[Tensor] = []
-        edited: list[list[Tensor]] = [[] for _ in plans]
-        wanted = {view.at for view in views}
-        device = self.model.get_input_embeddings().weight.device
-        with progress_bar(f"held-out loss of {len(plans)} candidates", len(self.validation)) as bar:
-            for _, ids in batches(self.validation, self.batch_tokens, device):
-                inputs = {"input_ids": ids}
-                states, logits = run_tapped(self.model, inputs, wanted)
-                original.append(_window_means(logits, ids))
-                for view, found in zip(views, edited, strict=True):
-                    _, logits = view.run(inputs, states[view.at])
-                    found.append(_window_means(logits, ids))
-                bar.advance(len(ids))
-        return torch.cat(original), [torch.cat(found) for found in edited]
+        original, *edited = self.losses_of([Plan(model=self.facts, edits=()), *plans])
+        return original, edited
 
-    def _resumed(self, plan: Plan) -> ResumedModel:
-        replacements = self.start(plan)
+    @torch.inference_mode()
+    def losses_of(self, plans: Sequence[Plan], first: int = 0, stop: int | None = None) -> list[Tensor]:
+        """LM loss of each plan on the held-out windows `first` to `stop`, the original not among them.
+
+        Layers that plans have in common from the first layer on run once for all of them (`measure/shared_prefix.py`).
+
+        Returns:
+            (W,) float64 nats a token for each plan, in the order of the plans.
+        """
+        windows = Windows(input_ids=self.validation.input_ids[first:stop])
+        together = SharedPrefix(self.model, [self._variant(plan) for plan in plans])
+        found: list[list[Tensor]] = [[] for _ in plans]
+        device = self.model.get_input_embeddings().weight.device
+        with progress_bar(f"held-out loss of {len(plans)} candidates", len(windows)) as bar:
+            for _, ids in batches(windows, self.batch_tokens, device):
+                for index, logits in together.run({"input_ids": ids}):
+                    found[index].append(_window_means(logits, ids))
+                self.cost.forward(together.num_layers_run, ids.numel())
+                bar.advance(len(ids))
+        return [torch.cat(means) for means in found]
+
+    def obstacle(self, plan: Plan) -> str | None:
+        """Why this architecture cannot hold the plan's layers; None when it can."""
+        try:
+            edited_config(self.model.config, plan.layer_sources())
+        except ArchitectureError as problem:
+            return str(problem)
+        return None
+
+    @property
+    def forward_passes(self) -> float | None:
+        """What was asked so far, in forwards of the whole model over the calibration text; a backward counts as two."""
+        if self.calibration is None:
+            return None
+        return self.cost.passes(self.facts.num_layers, self.calibration.num_tokens)
+
+    def _variant(self, plan: Plan) -> Variant:
         dtype = self.model.dtype
-        patches = {position: m.to(dtype) for r in replacements for position, m in r.patches().items()}
-        first_edit = min(edit.start for edit in plan.edits)
-        at = min([first_edit, *(r.resume_at for r in replacements)])
-        return ResumedModel(self.model, plan.layer_sources(), at, patches)
+        patches = {position: m.to(dtype) for r in self.start(plan) for position, m in r.patches().items()}
+        return Variant(plan.layer_sources(), patches)
 
 
 def _window_means(logits: Tensor, ids: Tensor) -> Tensor:

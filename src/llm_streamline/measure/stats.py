@@ -71,7 +71,7 @@ class CosineStats:
         for start in range(0, num_tokens, _CHUNK_TOKENS):
             states = torch.stack([row[start : start + _CHUNK_TOKENS] for row in rows]).float()  # (L+1, n, d)
             norms = torch.linalg.vector_norm(states, dim=-1)  # (L+1, n)
-            _check_finite(norms)
+            check_finite(norms)
             # a state of length zero has no direction: its cosine counts as 0 with everything but itself
             units = states.div_(norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1))
             norms = norms.double().cpu()
@@ -142,7 +142,8 @@ def _gram(units: Tensor) -> Tensor:
     return total
 
 
-def _check_finite(norms: Tensor) -> None:
+def check_finite(norms: Tensor) -> None:
+    """Raise NumericsError, naming the layer, unless all norms (L+1, n) of the states at the boundaries are finite."""
     good = torch.isfinite(norms).all(dim=1)
     if not bool(good.all()):
         boundary = int((~good).nonzero()[0])

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from llm_streamline import methods
-from llm_streamline.errors import MethodNotFoundError
+from llm_streamline.errors import MethodNotFoundError, PlanError
 from llm_streamline.measure.probe import Probe
 from llm_streamline.plan import Network, Plan
 from llm_streamline.schema import FrozenModel, did_you_mean
 
-_NOT_METHODS = {"registry"}
+_NOT_METHODS = {"registry", "choosing"}
 
 
 class MethodConfig(FrozenModel):
@@ -25,6 +25,16 @@ class MethodConfig(FrozenModel):
     num_removed: PositiveInt = Field(description="layers that leave the model")
     network: Network | None = Field(None, description="what is put in their place; None: nothing")
     verify: NonNegativeInt = Field(5, description="candidates tried by held-out LM loss; 0 trusts the score alone")
+
+    def check_fits(self, num_layers: int) -> None:
+        """Refuse, before anything is measured, what a model of `num_layers` cannot give.
+
+        Raises:
+            PlanError: if no layer would be left, or the method's own options leave too few.
+        """
+        put_back = self.network.num_layers_added if self.network else 0
+        if self.num_removed > num_layers or num_layers - self.num_removed + put_back < 1:
+            raise PlanError(f"removing {self.num_removed} of {num_layers} layers leaves none; ask for fewer")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from pydantic import model_validator
 
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import block_influence
+from llm_streamline.methods.choosing import layers_plan, refuse_network
 from llm_streamline.methods.registry import MethodConfig, method
-from llm_streamline.plan import Plan, Remove, Selection
-from llm_streamline.spans import lowest, runs
+from llm_streamline.plan import Plan, Selection
+from llm_streamline.spans import lowest
 
 
 class ShortgptConfig(MethodConfig):
@@ -14,8 +15,7 @@ class ShortgptConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "ShortgptConfig":
-        if self.network is not None:
-            raise ValueError("shortgpt removes single layers and puts nothing in their place; use `--replacement none`")
+        refuse_network("shortgpt", self.network)
         return self
 
 
@@ -29,10 +29,7 @@ def shortgpt(probe: Probe, config: ShortgptConfig) -> Plan:
         method="shortgpt",
         target="",
         convention="",
+        order=tuple(sorted(layers, key=lambda i: (scores_L[i], -i))),
         notes=tuple(f"layer {i}: Block Influence {scores_L[i]:.4f}" for i in layers),
     )
-    return Plan(
-        model=probe.facts,
-        edits=tuple(Remove(start=start, stop=stop) for start, stop in runs(layers)),
-        selection=selection,
-    )
+    return layers_plan(probe.facts, layers).model_copy(update={"selection": selection})

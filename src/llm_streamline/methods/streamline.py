@@ -7,15 +7,14 @@ a massive activation; the mean cosine alone is known to pick spans that collapse
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
-from llm_streamline.errors import PlanError
 from llm_streamline.measure.files import Statistics
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import bootstrap_mean_difference
+from llm_streamline.methods.choosing import lowest_start, spans_plan, tried, untried
 from llm_streamline.methods.registry import MethodConfig, method
-from llm_streamline.plan import Candidate, Margin, Plan, Remove, Replace, Selection, templates_for
+from llm_streamline.plan import Candidate, Margin, Plan, Selection, templates_for
 from llm_streamline.spans import Span, interleave, ranked_spans, spans_of_length
 
 
@@ -31,22 +30,16 @@ class StreamlineConfig(MethodConfig):
 @method(paper="arXiv:2403.19135", config=StreamlineConfig)
 def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
     """Contiguous span with the highest mean cosine between its input and output, verified by held-out loss."""
+    config.check_fits(probe.facts.num_layers)
     statistics = probe.statistics()
-    length = config.num_removed
-    put_back = config.network.num_layers_added if config.network else 0
-    if length > probe.facts.num_layers or probe.facts.num_layers - length + put_back < 1:
-        raise PlanError(f"removing {length} of {probe.facts.num_layers} layers leaves none; ask for fewer")
-    lowest_start = 1 if config.network and config.network.kind == "linear" else 0  # it is folded into a layer before it
-    spans = candidate_spans(statistics, config, lowest_start)
-    plans = [span_plan(probe, config, span) for span in spans]
+    spans = candidate_spans(statistics, config, lowest_start(config.network))
+    plans = [spans_plan(probe.facts, config.network, [span]) for span in spans]
     similarity = statistics.similarity
     if config.verify and len(plans) > 1:
-        original, losses = probe.losses(plans)
-        order = sorted(range(len(plans)), key=lambda i: float(losses[i].mean()))
-        margin = _loss_margin(losses[order[0]], losses[order[1]], probe.seed)
+        trial = tried(probe, plans)
     else:
-        original, losses, order = None, [None] * len(plans), [0]
-        margin = _similarity_margin(statistics, spans[0], length, probe.seed)
+        trial = untried(len(plans), _similarity_margin(statistics, spans[0], config.num_removed, probe.seed))
+    best = trial.order[0]
     candidates = tuple(
         Candidate(
             start=start,
@@ -54,21 +47,21 @@ def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
             similarity=float(similarity[start, stop]),
             similarity_first=float(statistics.similarity_first[start, stop]),
             similarity_rest=float(statistics.similarity_rest[start, stop]),
-            heldout_loss=None if loss is None else float(loss.mean()),
+            heldout_loss=trial.mean(index),
         )
-        for (start, stop), loss in zip(spans, losses, strict=True)
+        for index, (start, stop) in enumerate(spans)
     )
     selection = Selection(
         method="streamline",
         target="",
         convention="",
-        chosen=spans[order[0]],
+        chosen=spans[best],
         candidates=candidates,
-        original_loss=None if original is None else float(original.mean()),
-        margin=margin,
-        notes=_notes(statistics, plans[order[0]]),
+        original_loss=trial.original_loss,
+        margin=trial.margin,
+        notes=_notes(statistics, plans[best]),
     )
-    return plans[order[0]].model_copy(update={"selection": selection})
+    return plans[best].model_copy(update={"selection": selection})
 
 
 def candidate_spans(statistics: Statistics, config: StreamlineConfig, lowest_start: int = 0) -> list[Span]:
@@ -89,23 +82,6 @@ def candidate_spans(statistics: Statistics, config: StreamlineConfig, lowest_sta
         return not massive & (set(range(*span)) - set(kept))
 
     return interleave([span for span in ranked if keeps(span)], ranked, count)
-
-
-def span_plan(probe: Probe, config: MethodConfig, span: Span) -> Plan:
-    """The plan that removes one span, and puts the configured network in its place."""
-    start, stop = span
-    if config.network is None:
-        edit = Remove(start=start, stop=stop)
-    else:
-        templates = templates_for(config.network, start, stop)
-        edit = Replace(start=start, stop=stop, network=config.network, templates=templates)
-    return Plan(model=probe.facts, edits=(edit,))
-
-
-def _loss_margin(best: torch.Tensor, second: torch.Tensor, seed: int) -> Margin:
-    weights = torch.ones_like(best)
-    difference, low, high = bootstrap_mean_difference(second, best, weights, seed)
-    return Margin(quantity="heldout_loss", difference=difference, low=low, high=high, num_blocks=len(best))
 
 
 def _similarity_margin(statistics: Statistics, chosen: Span, length: int, seed: int) -> Margin | None:

@@ -28,7 +28,7 @@ from llm_streamline.report.pair import Pair
 from llm_streamline.report.plots import Mark, Series
 from llm_streamline.report.protocol import flat, proof_failure, proof_rows, protocol
 from llm_streamline.report.run import Run, load_run, network_words, what_was_done
-from llm_streamline.report.selection import candidate_rows, why
+from llm_streamline.report.selection import candidate_columns, candidate_rows, why
 from llm_streamline.report.verdict import judge
 from llm_streamline.version import __version__
 
@@ -236,6 +236,7 @@ def _choice(run: Run) -> dict[str, Any]:
         "selection": run.plan.selection,
         "why": why(run.plan.selection, run.spans),
         "candidates": candidate_rows(run.plan.selection, run.spans),
+        "columns": candidate_columns(run.plan.selection),
         "chosen": run.spans,
     }
 

@@ -117,7 +117,7 @@ class Run:
     def candidates(self) -> list[Span]:
         """The spans that were considered."""
         selection = self.plan.selection if self.plan else None
-        return [(c.start, c.stop) for c in selection.candidates] if selection else []
+        return [span for c in selection.candidates for span in c.spans] if selection else []
 
 
 def load_run(path: str | Path) -> Run:

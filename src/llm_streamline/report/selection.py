@@ -15,11 +15,12 @@ def candidate_rows(selection: Selection, chosen: Sequence[tuple[int, int]]) -> l
         loss = candidate.heldout_loss
         rows.append(
             {
-                "span": layers(candidate.start, candidate.stop),
-                "chosen": (candidate.start, candidate.stop) in set(chosen),
-                "similarity": decimal(candidate.similarity, 4),
-                "first": decimal(candidate.similarity_first, 4),
-                "rest": decimal(candidate.similarity_rest, 4),
+                "span": _spans(candidate),
+                "chosen": candidate.spans == tuple(chosen),
+                "score": _or_missing(candidate.score, 4),
+                "similarity": _or_missing(candidate.similarity, 4),
+                "first": _or_missing(candidate.similarity_first, 4),
+                "rest": _or_missing(candidate.similarity_rest, 4),
                 "loss": MISSING if loss is None else decimal(loss, 3),
                 "perplexity": MISSING if loss is None else decimal(math.exp(min(loss, 50))),
             }
@@ -27,12 +28,33 @@ def candidate_rows(selection: Selection, chosen: Sequence[tuple[int, int]]) -> l
     return rows
 
 
+def candidate_columns(selection: Selection) -> dict[str, str]:
+    """Key of a row -> heading, of what was measured for these candidates."""
+    columns = {}
+    if any(c.score is not None for c in selection.candidates):
+        columns["score"] = selection.score_name
+    if any(c.similarity is not None for c in selection.candidates):
+        columns |= {"similarity": "cosine", "first": "first token", "rest": "other tokens"}
+    return columns | {"loss": "held-out loss"}
+
+
 def ranked(selection: Selection) -> list[Candidate]:
     """Candidates, best first; those whose loss was not measured come last."""
     return sorted(
         selection.candidates,
-        key=lambda c: (c.heldout_loss is None, c.heldout_loss or 0.0, -c.similarity, c.start),
+        key=lambda c: (c.heldout_loss is None, c.heldout_loss or 0.0, c.score or 0.0, -(c.similarity or 0.0), c.start),
     )
+
+
+def _or_missing(value: float | None, digits: int) -> str:
+    return MISSING if value is None else decimal(value, digits)
+
+
+def cost_sentence(selection: Selection) -> str | None:
+    """What the choice took; None when the plan does not say."""
+    if selection.cost is None:
+        return None
+    return f"The choice took as much as {decimal(selection.cost, 1)} forward passes over the calibration text."
 
 
 def why(selection: Selection, chosen: Sequence[tuple[int, int]]) -> list[str]:
@@ -40,19 +62,34 @@ def why(selection: Selection, chosen: Sequence[tuple[int, int]]) -> list[str]:
     text = [f"Target: {selection.target} ({selection.convention.rstrip('.')})."]
     best = ranked(selection)
     verified = [c for c in best if c.heldout_loss is not None]
-    if len(chosen) == 1 and verified and (verified[0].start, verified[0].stop) == chosen[0]:
+    if verified and verified[0].spans == tuple(chosen):
         text.append(_by_loss(selection, verified))
-        likest = max(selection.candidates, key=lambda c: (c.similarity, -c.start))
-        if (likest.start, likest.stop) != chosen[0] and likest.heldout_loss is not None:
-            text.append(
-                f"By the mean cosine alone it would have been {layers(likest.start, likest.stop)}, "
-                f"at {decimal(likest.heldout_loss - verified[0].heldout_loss, 3)} nats a token more."
-            )
+        text += _by_score_alone(selection, verified[0])
     elif len(chosen) == 1 and len(best) > 1 and not verified:
-        text.append("The choice rests on the mean cosine alone; no candidate was tried on held-out text.")
+        name = selection.score_name or "mean cosine"
+        text.append(f"The choice rests on the {name} alone; no candidate was tried on held-out text.")
     if selection.margin is not None:
         text.append(_margin(selection))
-    return [*text, *map(_sentence, selection.notes)]
+    cost = cost_sentence(selection)
+    return [*text, *map(_sentence, selection.notes), *([cost] if cost else [])]
+
+
+def _by_score_alone(selection: Selection, winner: Candidate) -> list[str]:
+    """What the method's score would have chosen without the trial, when that is another candidate."""
+    scored = [c for c in selection.candidates if c.score is not None or c.similarity is not None]
+    if not scored:
+        return []
+    first = min(scored, key=lambda c: (c.score or 0.0, -(c.similarity or 0.0), c.start))
+    if first.spans == winner.spans or first.heldout_loss is None:
+        return []
+    return [
+        f"By the {selection.score_name or 'mean cosine'} alone it would have been {_spans(first)}, "
+        f"at {decimal(first.heldout_loss - winner.heldout_loss, 3)} nats a token more."
+    ]
+
+
+def _spans(candidate: Candidate) -> str:
+    return ", ".join(layers(*span) for span in candidate.spans)
 
 
 def _sentence(text: str) -> str:
@@ -65,7 +102,7 @@ def _by_loss(selection: Selection, verified: Sequence[Candidate]) -> str:
     winner = verified[0]
     text = (
         f"Of {plural(len(verified), 'candidate')} tried on held-out text before training, "
-        f"{layers(winner.start, winner.stop)} cost least: {decimal(winner.heldout_loss, 3)} nats a token"
+        f"{_spans(winner)} cost least: {decimal(winner.heldout_loss, 3)} nats a token"
     )
     return text + (
         f" (original {decimal(selection.original_loss, 3)})." if selection.original_loss is not None else "."
@@ -74,7 +111,8 @@ def _by_loss(selection: Selection, verified: Sequence[Candidate]) -> str:
 
 def _margin(selection: Selection) -> str:
     margin = selection.margin
-    unit, digits = (" nats a token", 3) if margin.quantity == "heldout_loss" else (" of cosine", 4)
+    named = {"heldout_loss": (" nats a token", 3), "similarity": (" of cosine", 4)}
+    unit, digits = named.get(margin.quantity, (f" of {margin.quantity}", 4))
     lead = (
         "a clear lead"
         if margin.low > 0

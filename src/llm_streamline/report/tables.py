@@ -17,7 +17,7 @@ from llm_streamline.report.compare import Comparison, compare
 from llm_streamline.report.figures import figures, relative, split_interval
 from llm_streamline.report.pair import Pair, pairs
 from llm_streamline.report.run import Run
-from llm_streamline.report.selection import candidate_rows
+from llm_streamline.report.selection import candidate_columns, candidate_rows
 from llm_streamline.report.verdict import Verdict, judge, thresholds
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -150,12 +150,13 @@ def candidates_table(plan: Plan) -> Table | None:
     if plan.selection is None or not plan.selection.candidates:
         return None
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("span", "cosine", "first token", "other tokens", "held-out loss"):
-        table.add_column(column, justify="left" if column == "span" else "right")
+    columns = candidate_columns(plan.selection)
+    for column in ("span", *columns.values()):
+        table.add_column(_text(column), justify="left" if column == "span" else "right")
     chosen = [(edit.start, edit.stop) for edit in plan.edits]
     for row in candidate_rows(plan.selection, chosen):
         name = row["span"] + (" (chosen)" if row["chosen"] else "")
-        cells = (name, row["similarity"], row["first"], row["rest"], row["loss"])
+        cells = (name, *(row[key] for key in columns))
         table.add_row(*map(_text, cells), style="bold" if row["chosen"] else "")
     return table
 

@@ -1,0 +1,76 @@
+"""Many edited models on one batch: whatever layers two of them begin with run once. Exact, not an approximation.
+
+Removing layer 7 or layer 8 leaves the same layers 0..6 below. So the models are sorted by their layers, and each goes
+on from the deepest state that it shares with the one before it. States are kept for the current batch only, and only
+those from which a model still to come goes on: at most one for each layer.
+
+Shapes: B windows, T tokens, d width, V vocabulary. A boundary b is the state (B, T, d) entering layer b.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from llm_streamline.measure.partial import ResumedModel
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An edited model: the original index of each layer, and modules that stand at some positions instead."""
+
+    sources: tuple[int, ...]
+    patches: dict[int, nn.Module] = field(default_factory=dict)
+
+
+class SharedPrefix:
+    """Edited models that are run together."""
+
+    def __init__(self, model: nn.Module, variants: Sequence[Variant]):
+        """Make a view of each variant; no weight is copied.
+
+        Raises:
+            ArchitectureError: if one of the edits is not sound for this architecture.
+        """
+        keys = [_key(variant, index) for index, variant in enumerate(variants)]
+        self.order = sorted(range(len(variants)), key=keys.__getitem__)
+        self.resumed_at = [0, *(_common(keys[a], keys[b]) for a, b in pairwise(self.order))][: len(self.order)]
+        self._views: list[ResumedModel] = []
+        for place, index in enumerate(self.order):
+            before = variants[self.order[place - 1]].sources if place else ()
+            sources, at = variants[index].sources, self.resumed_at[place]
+            self._views.append(ResumedModel(model, sources, at, variants[index].patches, prefix=before))
+        self._kept = [self._needed_after(place) for place in range(len(self.order))]
+
+    @property
+    def num_layers_run(self) -> int:
+        """Layers that one batch is run through, all variants together."""
+        return sum(view.num_layers - view.at for view in self._views)
+
+    def run(self, inputs: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the variant, its logits (B, T, V)), one variant at a time."""
+        states: dict[int, Tensor] = {}
+        for index, view, kept in zip(self.order, self._views, self._kept, strict=True):
+            found, logits = view.run(inputs, states.get(view.at), boundaries=[b for b in kept if b > view.at])
+            states = {b: state for b, state in (states | found).items() if b in kept}
+            yield index, logits
+
+    def _needed_after(self, place: int) -> set[int]:
+        """Boundaries on the path of the variant run at `place` from which a later one goes on."""
+        needed: set[int] = set()
+        shared = self._views[place].num_layers
+        for at in self.resumed_at[place + 1 :]:
+            shared = min(shared, at)
+            needed.add(shared)
+        return needed - {0}
+
+
+def _key(variant: Variant, index: int) -> tuple[tuple[int, int], ...]:
+    """What each layer is, so that equal keys mean equal layers; a patched one is like no other variant's."""
+    return tuple((source, index + 1 if place in variant.patches else 0) for place, source in enumerate(variant.sources))
+
+
+def _common(one: Sequence, other: Sequence) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

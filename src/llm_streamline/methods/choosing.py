@@ -1,0 +1,111 @@
+"""What methods share: plans of spans and of single layers, refusals, and the trial of candidates by held-out loss."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_streamline.errors import ArchitectureError, PlanError
+from llm_streamline.measure.probe import Probe
+from llm_streamline.measure.scores import bootstrap_mean_difference
+from llm_streamline.plan import Margin, ModelFacts, Network, Plan, Remove, Replace, templates_for
+from llm_streamline.spans import Span, runs
+
+
+def layers_put_back(network: Network | None) -> int:
+    """Entries of the layer list that come back in place of one span."""
+    return network.num_layers_added if network else 0
+
+
+def lowest_start(network: Network | None) -> int:
+    """First layer at which a span may start: a linear map is folded into the layer before it."""
+    return 1 if network and network.kind == "linear" else 0
+
+
+def spans_plan(facts: ModelFacts, network: Network | None, spans: Iterable[Span]) -> Plan:
+    """The plan that removes ascending spans, and puts a network of its own in place of each."""
+    edits = tuple(
+        Remove(start=start, stop=stop)
+        if network is None
+        else Replace(start=start, stop=stop, network=network, templates=templates_for(network, start, stop))
+        for start, stop in spans
+    )
+    return Plan(model=facts, edits=edits)
+
+
+def layers_plan(facts: ModelFacts, layers: Iterable[int]) -> Plan:
+    """The plan that removes single layers and puts nothing in their place."""
+    return spans_plan(facts, None, runs(sorted(layers)))
+
+
+def refuse_network(method: str, network: Network | None) -> None:
+    """Raise ValueError, for a config's validator, when a method of single layers is to put a network back."""
+    if network is not None:
+        raise ValueError(f"{method} removes single layers and puts nothing in their place; use `--replacement none`")
+
+
+def unprotected(num_layers: int, num_removed: int, first: int, last: int) -> list[int]:
+    """Layers that may leave when the first and last ones are protected.
+
+    Raises:
+        PlanError: if they are fewer than are to leave.
+    """
+    layers = list(range(first, num_layers - last))
+    if num_removed > len(layers):
+        raise PlanError(
+            f"{num_removed} layers are to leave, but with the first {first} and last {last} of {num_layers} protected "
+            f"only {len(layers)} may; remove fewer, or lower protect_first and protect_last"
+        )
+    return layers
+
+
+def sound(probe: Probe, plans: Sequence[Plan]) -> list[int]:
+    """Indices of the plans that this architecture can hold (a hybrid model must keep a layer of each cache kind).
+
+    Raises:
+        ArchitectureError: if it can hold none of them.
+    """
+    reasons = [probe.obstacle(plan) for plan in plans]
+    good = [index for index, reason in enumerate(reasons) if reason is None]
+    if plans and not good:
+        raise ArchitectureError(f"no candidate can be removed: {reasons[0]}")
+    return good
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Candidates tried by held-out loss."""
+
+    order: list[int]  # best first; of equal losses, the candidate that came first
+    original: Tensor | None  # (W,) nats a token
+    losses: list[Tensor | None]  # by candidate
+    margin: Margin | None
+
+    def mean(self, index: int) -> float | None:
+        """Loss of a candidate, in nats a token; None when it was not tried."""
+        return None if self.losses[index] is None else float(self.losses[index].mean())
+
+    @property
+    def original_loss(self) -> float | None:
+        """Loss of the original on the same windows."""
+        return None if self.original is None else float(self.original.mean())
+
+
+def tried(probe: Probe, plans: Sequence[Plan]) -> Trial:
+    """Try all plans together."""
+    original, losses = probe.losses(plans)
+    order = sorted(range(len(plans)), key=lambda i: float(losses[i].mean()))
+    margin = loss_margin(losses[order[0]], losses[order[1]], probe.seed) if len(order) > 1 else None
+    return Trial(order, original, losses, margin)
+
+
+def untried(count: int, margin: Margin | None) -> Trial:
+    """The first candidate by score, none of them tried."""
+    return Trial(list(range(count)), None, [None] * count, margin)
+
+
+def loss_margin(best: Tensor, second: Tensor, seed: int) -> Margin:
+    """How much lower the loss of the best is, paired over windows."""
+    difference, low, high = bootstrap_mean_difference(second, best, torch.ones_like(best), seed)
+    return Margin(quantity="heldout_loss", difference=difference, low=low, high=high, num_blocks=len(best))
