@@ -95,7 +95,7 @@ def test_every_recipe_option_has_its_key():
 
     values = {"layers": 3, "span": "1:2", "text": ["builtin"], "params": None, "sparsity": None, "replacement": "none"}
     values |= {"count": "net", "method": "shortgpt", "verify": 1, "calibration_tokens": "1k", "train_tokens": "0"}
-    values |= {"seq_len": 8, "objective": "lm", "seed": 1, "device": "cpu", "dtype": "float32"}
+    values |= {"seq_len": 8, "objective": "lm", "trainable": "norms", "seed": 1, "device": "cpu", "dtype": "float32"}
     assert values.keys() == RECIPE_OPTIONS
     recipe = load_recipe(None, overrides(**values))
     assert (recipe.selection.method, recipe.training.tokens, recipe.text.seq_len) == ("shortgpt", 0, 8)
@@ -138,6 +138,8 @@ SMALL = ["--seq-len", 32, "--calibration-tokens", 64, "--train-tokens", 64]
         (["--method", "streamlin"], "no method 'streamlin'. Did you mean 'streamline'?"),
         (["--replacement", "lstm"], "replacement.kind"),
         (["--objective", "mes"], "Did you mean 'mse'?"),
+        (["--trainable", "all"], "training.trainable"),
+        (["--trainable", "norms", "--replacement", "none", "--objective", "mse"], "use hidden"),
         (["--dtype", "int8"], "dtype"),
         (["--device", "tpu"], "tpu"),
         (["--span", "4:9"], "runs past the last layer (the model has layers 0-5)"),

@@ -76,3 +76,21 @@ def test_memory_does_not_grow_with_tokens():
     small, large = (preview(model, replacing(model, 2, 6), tokens=n) for n in (1000, 10**9))
     assert small.peak_memory_bytes == large.peak_memory_bytes
     assert torch.isfinite(torch.tensor(float(large.train_flops)))
+
+
+def test_the_ladder_costs_more_the_more_it_trains():
+    model, plan = tiny_model(), removing(tiny_model(), 5, 7)
+    said = {rung: preview(model, plan, trainable=rung) for rung in ("head", "norms", "lora", "full")}
+    flops = {rung: one.train_flops for rung, one in said.items()}
+    assert flops["head"] < flops["norms"] == flops["lora"] < flops["full"]
+    assert said["full"].peak_memory_bytes > said["head"].peak_memory_bytes
+    checkpointed = preview(model, plan, trainable="full", gradient_checkpointing=True)
+    assert checkpointed.peak_memory_bytes < said["full"].peak_memory_bytes
+
+
+def test_an_untied_head_is_counted():
+    model = tiny_model("qwen2_tied")
+    plan = removing(model, 2, 6)
+    tied = preview(model, plan, trainable="full").parameters[1]
+    untied = preview(model, plan, trainable="full", heal={"untie_head": True}).parameters[1]
+    assert untied - tied == model.get_output_embeddings().weight.numel()

@@ -1,6 +1,7 @@
 """Whole runs on a tiny model with a tiny text, through the command line as a user would."""
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -288,6 +289,36 @@ def test_other_networks_go_the_whole_way(place, options, tmp_path, monkeypatch, 
     assert (out / "modeling_streamline.py").is_file() == (family == "qwen2")
     again = call("-q", "evaluate", out, "--no-speed", "--no-generation", "-o", tmp_path / "results.json")
     assert len(again["models"]) == 1
+
+
+@pytest.mark.parametrize("rung", ["lora", "head"])
+def test_a_plan_that_only_removes_can_be_healed(place, options, tmp_path, rung):
+    out, removed = tmp_path / "out", tmp_path / "removed"
+    wish = ["--span", "1:3", "--replacement", "none", *options]
+    call("-q", "compress", place / "model", "-o", out, *wish, "--trainable", rung, "--objective", "lm")
+    assert call("-q", "apply", out / "streamline" / "plan.json", place / "model", "-o", removed)["proof"]
+    log = json.loads((out / "streamline" / "training.json").read_text())
+    assert log["trainable"] == rung
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (removed, out))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    if rung == "lora":
+        assert changed == {name for name in before if "_proj" in name}
+    else:  # the last three of four
+        last = {name for name in before if re.match(r"model\.layers\.[123]\.|model\.norm|lm_head", name)}
+        assert changed == last
+    page = (out / "streamline" / "report.html").read_text()
+    assert {"lora": "merged into the weights", "head": "the head, the final norm"}[rung] in page
+
+
+def test_healing_a_plan_file_goes_on_where_it_was(place, options, tmp_path):
+    plan = tmp_path / "plan.json"
+    call("-q", "plan", place / "model", "-o", plan, "--span", "1:3", "--replacement", "none", *options)
+    command = ["-q", "train", plan, place / "model", "-o", tmp_path / "out", "--trainable", "norms", *options]
+    assert call(*command)["proof"]
+    before = logits_of(tmp_path / "out", IDS)
+    assert call(*command)["proof"]
+    assert torch.equal(logits_of(tmp_path / "out", IDS), before)
 
 
 def test_a_text_too_short_for_questions_costs_the_questions_only(place, options, tmp_path):

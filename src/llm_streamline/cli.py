@@ -60,6 +60,7 @@ def compress(
     seq_len: o.SeqLenOption = None,
     replacement: o.ReplacementOption = None,
     objective: o.ObjectiveOption = None,
+    trainable: o.TrainableOption = None,
     recipe: o.RecipeOption = None,
     seed: o.SeedOption = None,
     device: o.DeviceOption = None,
@@ -137,6 +138,7 @@ def plan(
     seq_len: o.SeqLenOption = None,
     replacement: o.ReplacementOption = None,
     objective: o.ObjectiveOption = None,
+    trainable: o.TrainableOption = None,
     recipe: o.RecipeOption = None,
     seed: o.SeedOption = None,
     device: o.DeviceOption = None,
@@ -187,6 +189,7 @@ def train(
     train_tokens: o.TrainTokensOption = None,
     seq_len: o.SeqLenOption = None,
     objective: o.ObjectiveOption = None,
+    trainable: o.TrainableOption = None,
     recipe: o.RecipeOption = None,
     seed: o.SeedOption = None,
     device: o.DeviceOption = None,
@@ -194,7 +197,7 @@ def train(
     fresh: o.FreshOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Train the networks of a plan, put them into the model, save and prove the checkpoint."""
+    """Train the networks of a plan, or more of the model, install them, save and prove the checkpoint."""
     given = {k: v for k, v in locals().items() if k in o.RECIPE_OPTIONS}
     from llm_streamline.config import load_recipe
 

@@ -26,7 +26,8 @@ from llm_streamline.schema import FrozenModel, did_you_mean, parse
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPLACEMENTS = ("none", "layer", "ffn", "swiglu", "linear")
-OBJECTIVES = ("mse", "lm", "kl")
+OBJECTIVES = ("mse", "hidden", "lm", "kl")
+RUNGS = ("replacement", "lora", "head", "norms", "full")
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -146,13 +147,34 @@ class ReplacementConfig(FrozenModel):
         return Network(**self.model_dump(include=keys))
 
 
+class HealConfig(FrozenModel):
+    """What is trained beside the replacement, where `training.trainable` names more than it."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    learning_rate: PositiveFloat = Field(1e-4, description="of the original's own weights and of adapters")
+    rank: PositiveInt = Field(8, description="lora: rank of every adapter")
+    alpha: PositiveFloat = Field(16.0, description="lora: an adapter counts alpha / rank times")
+    targets: tuple[str, ...] = Field(
+        (), description="lora: last names of the projections to adapt (q_proj, ...); none: every projection of a layer"
+    )
+    last_layers: NonNegativeInt = Field(3, description="head: how many of the last layers train with head and norm")
+    untie_head: bool = Field(False, description="give a head that is tied to the embedding weights of its own")
+
+
 class TrainingConfig(FrozenModel):
     """Training the replacement. Names are those of transformers.TrainingArguments where it has one."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     tokens: NonNegativeInt = Field(262_144, description="training tokens; 0 keeps the untrained start")
-    objective: dict[str, PositiveFloat] = Field({"kl": 1.0}, description="weights of mse, lm and kl")
+    trainable: Literal["replacement", "lora", "head", "norms", "full"] = Field(
+        "replacement",
+        description="what trains beside the replacement: nothing, adapters, head with final norm and last layers, "
+        "all norms, everything",
+    )
+    heal: HealConfig = HealConfig()
+    objective: dict[str, PositiveFloat] = Field({"kl": 1.0}, description="weights of mse, hidden, lm and kl")
     kl_top_k: NonNegativeInt = Field(
         0, description="KL over the original's k likeliest tokens and the rest as one; 0: all"
     )
@@ -173,6 +195,7 @@ class TrainingConfig(FrozenModel):
     validation_tokens: PositiveInt = Field(8_192, description="tokens of a validation")
     early_stopping_patience: NonNegativeInt = Field(3, description="validations without gain before stopping; 0: never")
     autocast: Literal["auto", "off"] = Field("auto", description="auto: bfloat16 arithmetic, float32 master weights")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
     arguments: dict[str, Any] = Field({}, description="further transformers.TrainingArguments, passed on as they are")
 
     _read_count = field_validator("tokens", mode="before")(parse_count)

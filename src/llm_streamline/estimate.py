@@ -15,6 +15,7 @@ from llm_streamline.config import TrainingConfig
 from llm_streamline.evaluation.result import SizeResult
 from llm_streamline.plan import Network, Plan, Replace
 from llm_streamline.report.tables import Preview
+from llm_streamline.training.heal import is_tied
 
 _SAVED_PER_LAYER = 16  # activations that a backward keeps for one token in one layer, in units of the hidden size
 _ADAM_COPIES = 4  # float32 weights, gradients and Adam's two moments
@@ -55,8 +56,10 @@ def preview_plan(
     head = model.get_output_embeddings().weight.numel()
     multiplied = [sum(layers) + head, kept + head]
     speedup = multiplied[0] / multiplied[1]
+    if training.heal.untie_head and training.trainable in ("head", "full") and is_tied(model):
+        after += head
     cost = None
-    if training.tokens and any(isinstance(edit, Replace) for edit in plan.edits):
+    if training.tokens and (training.trainable != "replacement" or any(isinstance(e, Replace) for e in plan.edits)):
         cost = _training_cost(model, size, plan, training, seq_len, layer_seconds_per_token)
     return Preview(
         parameters=(size.parameters, after),
@@ -82,23 +85,27 @@ def _training_cost(
     num_layers, layer_parameters = plan.model.num_layers, size.layer_parameters / plan.model.num_layers
     head = model.get_output_embeddings().weight.numel() / layer_parameters
     edits = [edit for edit in plan.edits if isinstance(edit, Replace)]
-    start, last_stop = min(edit.start for edit in edits), max(edit.stop for edit in edits)
-    trained = sum(_trained_layers(edit.network) for edit in edits)
-    above = plan.num_layers_after - (min(plan.position_of(edit) for edit in edits)) - trained
+    start, trained, trains_head = _reach(plan, training)
+    last_stop = max((edit.stop for edit in edits), default=start)
+    above = plan.num_layers_after - start - trained
     needs_logits = bool({"lm", "kl"} & training.objective.keys())
+    runs_on = needs_logits or "hidden" in training.objective
     teacher = num_layers + head if "kl" in training.objective else last_stop if "mse" in training.objective else start
-    forward = trained + (above + head if needs_logits else 0)
-    backward = 2 * trained + (above + head if needs_logits else 0)
+    teacher = max(teacher, num_layers if "hidden" in training.objective else 0)
+    forward = trained + (above if runs_on else 0) + (head if needs_logits else 0)
+    backward = forward + trained + (head if needs_logits and trains_head else 0)
     per_token = teacher + forward + backward
     validations = training.num_evals + 1
     validation_tokens = validations * training.validation_tokens
     per_validation_token = teacher + forward + start + trained + above + head
     units = training.tokens * per_token + validation_tokens * per_validation_token
-    parameters = round(trained * layer_parameters)
+    parameters = round((trained + (head if trains_head else 0)) * layer_parameters)
     batch_tokens = training.per_device_train_batch_size * seq_len
     element = torch.finfo(model.dtype).bits // 8
     width, vocabulary = plan.model.hidden_size, model.get_output_embeddings().weight.shape[0]
-    saved_layers = trained + (above if needs_logits else 0)
+    saved_layers = trained + (above if runs_on else 0)
+    if training.gradient_checkpointing:
+        saved_layers = 1 + saved_layers / _SAVED_PER_LAYER  # one layer at a time, and what enters each
     activations = batch_tokens * width * element * _SAVED_PER_LAYER * max(saved_layers, 1)
     logits = batch_tokens * vocabulary * element * 3 if needs_logits else 0  # teacher's, student's, their gradient
     memory = size.weight_bytes + parameters * 4 * (_ADAM_COPIES + 1) + activations + logits
@@ -107,6 +114,21 @@ def _training_cost(
         seconds=units * layer_seconds,
         peak_memory_bytes=round(memory),
     )
+
+
+def _reach(plan: Plan, training: TrainingConfig) -> tuple[int, float, bool]:
+    """Boundary from which edited and original model differ in training, layers trained above it, and the head too."""
+    num_layers, rung = plan.num_layers_after, training.trainable
+    edits = [edit for edit in plan.edits if isinstance(edit, Replace)]
+    networks = sum(_trained_layers(edit.network) for edit in edits)
+    first = min((plan.position_of(edit) for edit in plan.edits), default=num_layers)
+    if rung == "head":
+        own = [i for edit in edits for i in range(plan.position_of(edit), plan.position_of(edit) + len(edit.templates))]
+        last = range(max(0, num_layers - training.heal.last_layers), num_layers)
+        return min(first, last.start), networks + len(set(last) - set(own)), True
+    if rung == "full":
+        return 0, num_layers, True
+    return 0 if rung in ("lora", "norms") else first, networks, False
 
 
 def _trained_layers(network: Network) -> float:

@@ -64,7 +64,15 @@ ReplacementOption = Annotated[
 ]
 ObjectiveOption = Annotated[
     str | None,
-    typer.Option("--objective", help="mse, lm, kl, or a sum as in kl=1,mse=0.1.", rich_help_panel=_NETWORK),
+    typer.Option("--objective", help="mse, hidden, lm, kl, or a sum as in kl=1,mse=0.1.", rich_help_panel=_NETWORK),
+]
+TrainableOption = Annotated[
+    str | None,
+    typer.Option(
+        "--trainable",
+        help="What trains beside the network: replacement (nothing), lora, head, norms or full.",
+        rich_help_panel=_NETWORK,
+    ),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", rich_help_panel=_RUN)]
 DeviceOption = Annotated[
@@ -88,6 +96,7 @@ _KEYS = {
     "train_tokens": "training.tokens",
     "replacement": "replacement.kind",
     "objective": "training.objective",
+    "trainable": "training.trainable",
     "seed": "seed",
     "device": "device",
     "dtype": "dtype",

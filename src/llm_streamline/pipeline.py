@@ -45,6 +45,7 @@ from llm_streamline.resume import (
 from llm_streamline.run_folder import command_line, finish, opened, protected
 from llm_streamline.runtime import versions
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
+from llm_streamline.training.heal import check_healing
 
 log = get_logger()
 
@@ -134,11 +135,11 @@ def apply_plan(
     recipe = recipe or Recipe()
     source, loaded = _begin_from_plan(plan, model, out, recipe, with_text=False)
     preview = _preview(loaded, plan, recipe, None)
-    replacements = stages.untrained(loaded, plan, recipe.seed)
+    untrained = stages.Trained(stages.untrained(loaded, plan, recipe.seed), None, None)
     texts = probe_texts(loaded.model, loaded.tokenizer)
     with opened(out, fresh, source) as out:
         remove_manifest(out)
-        proof = install_and_prove(loaded, plan, replacements, out, texts)
+        proof = install_and_prove(loaded, plan, untrained, out, texts)
     finish(out, plan, recipe, loaded.source, {"stage": "apply"})
     return Outcome(out, plan, preview, None, proof, None)
 
@@ -146,17 +147,22 @@ def apply_plan(
 def train_replacement(
     plan: Plan | str | Path, model: str, out: str | Path, recipe: Recipe | None = None, *, fresh: bool = False
 ) -> Outcome:
-    """Train the plan's networks, put them into the model, save and prove the checkpoint.
+    """Train the plan's networks, or whatever else the recipe names, install it, save and prove the checkpoint.
 
     Raises:
-        PlanError: the plan was made for another model, or puts no network back.
+        PlanError: the plan was made for another model, or puts no network back and nothing else is to be trained.
         ProofError: the saved checkpoint does not behave like the model in memory.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-    if not any(isinstance(edit, Replace) for edit in plan.edits):
-        raise PlanError("this plan puts no network back, so there is nothing to train; use `llm-streamline apply`")
     recipe = recipe or Recipe()
+    has_network = any(isinstance(edit, Replace) for edit in plan.edits)
+    if not has_network and recipe.training.trainable == "replacement":
+        raise PlanError(
+            "this plan puts no network back, so there is nothing to train: use `llm-streamline apply`, or name with "
+            "--trainable what of the original is to be trained"
+        )
     source, loaded = _begin_from_plan(plan, model, out, recipe)
+    check_healing(loaded.model, recipe.training, has_network)
     stages.check_text(loaded, recipe)
     preview = _preview(loaded, plan, recipe, None)
     with opened(out, fresh, source) as out:

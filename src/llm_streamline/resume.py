@@ -22,7 +22,6 @@ from llm_streamline.measure.files import Statistics
 from llm_streamline.output import TOOL_FOLDER, write_json, write_text
 from llm_streamline.plan import Plan
 from llm_streamline.proof import Proof
-from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.build import install_plan
 from llm_streamline.replacements.ship import needs_code, shipped_files
 from llm_streamline.report.heatmap import write_heatmap_png
@@ -89,26 +88,26 @@ def trained_checkpoint(
         return Proof.model_validate({name: value for name, value in data.items() if name != "ok"})
     work = folder / WORK_FOLDER / key[:16]  # another key must not go on from these checkpoints
     with ledger.running("train", key):
-        replacements, history = stages.train(loaded, plan, recipe, windows, work)
-        if history is not None:
-            write_json(folder / "training.json", history)
+        trained = stages.train(loaded, plan, recipe, windows, work)
+        if trained.history is not None:
+            write_json(folder / "training.json", trained.history)
         else:
             (folder / "training.json").unlink(missing_ok=True)
     with ledger.running("save", key):
-        return install_and_prove(loaded, plan, replacements, out, texts)
+        return install_and_prove(loaded, plan, trained, out, texts)
 
 
-def install_and_prove(
-    loaded: LoadedModel, plan: Plan, replacements: list[Replacement], out: Path, texts: list[str]
-) -> Proof:
-    """Put the networks into the model, save it, and show that the saved checkpoint behaves like it.
+def install_and_prove(loaded: LoadedModel, plan: Plan, trained: stages.Trained, out: Path, texts: list[str]) -> Proof:
+    """Put what was trained into the model, save it, and show that the saved checkpoint behaves like it.
 
     Raises:
         ProofError: it does not.
     """
     log.info("saving and proving the checkpoint")
     model = loaded.model
-    install_plan(model, plan, replacements)
+    install_plan(model, plan, trained.replacements)
+    if trained.healed is not None:
+        trained.healed.install(model)
     save_checkpoint(model, loaded.tokenizer, out, extra_files=shipped_files(model))
     proof = prove_checkpoint(out, model, loaded.tokenizer, against_text=texts, own_code=needs_code(model))
     proof.raise_if_failed()

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from llm_streamline.schema import parse
 from llm_streamline.sizing import Decided, decide_size
 from llm_streamline.sources import LoadedModel, ModelSource, load_config, load_model
 from llm_streamline.training.begin import StartSettings, begin
+from llm_streamline.training.heal import Healed, check_healing
 from llm_streamline.training.student import Student
 from llm_streamline.training.trainer import train_student
 
@@ -77,8 +79,10 @@ def check_wishes(loaded: LoadedModel, recipe: Recipe) -> None:
         PlanError: if the target or the span does not fit the model.
         ConfigError: if the method does not take its options.
         ArchitectureError: if this architecture cannot hold such a network.
+        MissingExtraError: if the recipe trains adapters and peft is not installed.
     """
     facts, network = model_facts(loaded), recipe.replacement.network()
+    check_healing(loaded.model, recipe.training, has_network=network is not None)
     if recipe.selection.span:
         span = recipe.selection.span
         _check_span(recipe, facts.num_layers)
@@ -244,14 +248,17 @@ def _first(windows: Windows, num_tokens: int) -> Windows:
     return Windows(input_ids=windows.input_ids[: max(1, num_tokens // windows.seq_len)])
 
 
-def train(
-    loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Windows], folder: Path
-) -> tuple[list[Replacement], dict[str, Any] | None]:
-    """Start and train the plan's networks; what was done already is taken from `folder`.
+@dataclass(frozen=True)
+class Trained:
+    """What training made of a plan."""
 
-    Returns:
-        The networks, trained, and the log (None when nothing was trained).
-    """
+    replacements: list[Replacement]
+    healed: Healed | None  # the original's own weights, where the recipe trains some
+    history: dict[str, Any] | None  # the log; None when nothing was trained
+
+
+def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Windows], folder: Path) -> Trained:
+    """Start and train what the recipe trains; what was done already is taken from `folder`."""
     seed_everything(recipe.seed)
     settings = StartSettings.of(recipe.replacement, recipe.calibration.batch_tokens, recipe.seed)
     start_file = folder / "start.safetensors"
@@ -264,15 +271,18 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "start.json", trials)
         write_bytes(start_file, save(torch.nn.ModuleList(replacements).state_dict()))
-    if not replacements:
-        return replacements, None
-    student = Student(loaded.model, plan, replacements, recipe.training)
+    training, healed = recipe.training, None
+    if training.tokens and training.trainable != "replacement":
+        healed = Healed(loaded.model, plan, replacements, training, recipe.seed)
+    if not replacements and healed is None:
+        return Trained(replacements, None, None)
+    student = Student(loaded.model, plan, replacements, training, healed)
     history: dict[str, Any] = {"starts": trials}
-    if recipe.training.tokens:
+    if training.tokens:
         history |= train_student(
-            student, recipe.training, windows["train"], windows["validation"], folder / "checkpoints", recipe.seed
+            student, training, windows["train"], windows["validation"], folder / "checkpoints", recipe.seed
         )
-    return replacements, history
+    return Trained(replacements, healed, history)
 
 
 def untrained(loaded: LoadedModel, plan: Plan, seed: int) -> list[Replacement]:

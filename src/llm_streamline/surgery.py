@@ -84,7 +84,10 @@ def keep_layers(model: PreTrainedModel, sources: Sequence[int]) -> None:
 
 
 def shared_view(
-    model: PreTrainedModel, sources: Sequence[int], replacements: dict[int, nn.Module] | None = None
+    model: PreTrainedModel,
+    sources: Sequence[int],
+    replacements: dict[int, nn.Module] | None = None,
+    outside: dict[str, nn.Module] | None = None,
 ) -> PreTrainedModel:
     """A second model whose layer i is the original layer `sources[i]`, sharing every weight with `model`.
 
@@ -96,6 +99,7 @@ def shared_view(
         model: a transformers causal language model.
         sources: N indices in [0, L), in any order, repeated or not.
         replacements: modules to use at places in [0, N) instead of the shared layer.
+        outside: modules to use instead of the shared ones elsewhere (embedding, final norm, head), by their path.
 
     Raises:
         ArchitectureError: if the edit is not sound for this architecture.
@@ -108,15 +112,27 @@ def shared_view(
     if wrong:
         raise ArchitectureError(f"no layer {wrong[0]} to replace: the view has {len(sources)} layers")
     configs = _edited_configs(model, sources)
-    view = _shallow_copy(model, configs)
-    node, original = view, model
-    for name in arch.layers.split(".")[:-1]:
-        original = original.get_submodule(name)
-        node._modules[name] = _shallow_copy(original, configs)
-        node = node._modules[name]
+    view = shallow_copy(model, configs)
+    copied = {""}
+    for path in (arch.layers, *(outside or ())):
+        _copy_way(view, path, copied, configs)
+    for path, module in (outside or {}).items():
+        owner, _, name = path.rpartition(".")
+        view.get_submodule(owner)._modules[name] = module
     chosen = [replacements.get(place, layers[source]) for place, source in enumerate(sources)]
     _set_layers(view, arch.layers, chosen)
     return view
+
+
+def _copy_way(view, path, copied, configs) -> None:
+    """Give `view` shallow copies of its own of the modules on the way to `path`; `copied` has those it has already."""
+    node, way = view, ""
+    for name in path.split(".")[:-1]:
+        way = f"{way}.{name}" if way else name
+        if way not in copied:
+            node._modules[name] = shallow_copy(node._modules[name], configs)
+            copied.add(way)
+        node = node._modules[name]
 
 
 def _edited_configs(model, sources) -> dict[int, PreTrainedConfig]:
@@ -214,13 +230,18 @@ def _set_layers(model, path, layers) -> None:
     model.get_submodule(owner)._modules[name] = nn.ModuleList(layers)
 
 
-def _shallow_copy(module: nn.Module, configs) -> nn.Module:
-    """A copy of `module` with its own dictionaries and config, and the same children and tensors."""
+def shallow_copy(module: nn.Module, configs: dict[int, PreTrainedConfig] | None = None) -> nn.Module:
+    """A copy of `module` with its own dictionaries, and the same children and tensors.
+
+    Args:
+        module: any module.
+        configs: id of a config it holds -> the config that the copy holds instead.
+    """
     clone = copy.copy(module)
     for name, value in vars(module).items():
         if isinstance(value, dict):
             clone.__dict__[name] = copy.copy(value)
-    _swap_configs(clone, configs)
+    _swap_configs(clone, configs or {})
     _rebind_offload_hook(clone)
     return clone
 

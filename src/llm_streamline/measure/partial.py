@@ -116,6 +116,7 @@ class ResumedModel:
         sources: Sequence[int],
         at: int,
         patches: dict[int, nn.Module] | None = None,
+        outside: dict[str, nn.Module] | None = None,
         *,
         prefix: Sequence[int] | None = None,
     ):
@@ -126,6 +127,7 @@ class ResumedModel:
             sources: original index of each layer of the edited model.
             at: boundary to resume from; the layers below it must be those of the model that makes the state.
             patches: position in the edited model -> module that stands there instead of the shared one.
+            outside: path -> module that stands there instead of the shared one, elsewhere than in the layers.
             prefix: original index of each layer of the model that makes the state; None: the original makes it.
         """
         prefix = list(range(at)) if prefix is None else list(prefix[:at])
@@ -136,7 +138,7 @@ class ResumedModel:
         self._skipped = [_Skipped(layers[source], returns_tuple) for source in sources[:at]]
         self.at = at
         self.num_layers = len(sources)
-        self.view = shared_view(model, sources, {**dict(enumerate(self._skipped)), **(patches or {})})
+        self.view = shared_view(model, sources, {**dict(enumerate(self._skipped)), **(patches or {})}, outside)
 
     def run(
         self,

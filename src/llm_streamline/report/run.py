@@ -21,6 +21,13 @@ OBJECTIVES = {
     "kl": "to follow the original's predictions (KL)",
     "lm": "on next-token prediction (LM loss)",
     "mse": "to reproduce the original's hidden states (MSE)",
+    "hidden": "to reproduce what left each remaining layer of the original (hidden states)",
+}
+HEALED = {
+    "lora": "adapters on the remaining layers, merged into the weights",
+    "head": "the head, the final norm and the last layers",
+    "norms": "all norms",
+    "full": "all weights",
 }
 
 
@@ -55,6 +62,7 @@ class TrainingLog(_Entry):
     seconds: float | None = None
     tokens_per_second: float | None = None
     objective: str | dict[str, float] | None = None
+    trainable: str = "replacement"
     starts: dict[str, float | None] = {}  # held-out loss of each start that was tried
 
     @property
@@ -240,9 +248,13 @@ def _many_edits(run: Run, total: int) -> str:
 
 
 def _training_words(run: Run) -> str:
-    if run.training is None or not run.training.tokens or not any(isinstance(e, Replace) for e in run.plan.edits):
+    if run.training is None or not run.training.tokens:
+        return ""
+    replaced, more = any(isinstance(e, Replace) for e in run.plan.edits), HEALED.get(run.training.trainable)
+    if not (replaced or more):
         return ""
     if run.training.best_step == 0:
         return ", which training did not improve, so its start was kept"
     purpose = run.training.objective_words()
-    return f", trained on {words.count(run.training.tokens)} tokens{' ' + purpose if purpose else ''}"
+    subject = f" together with {more}" if replaced and more else f"; {more} were then" if more else ","
+    return f"{subject} trained on {words.count(run.training.tokens)} tokens{' ' + purpose if purpose else ''}"

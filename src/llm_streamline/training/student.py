@@ -1,42 +1,83 @@
 """The student: the edited model as the trainer sees it, sharing with the original all that the two have in common.
 
-One batch: the original runs once; its states at the first edited layer (and at the span's end, for MSE) are kept; the
-student goes on from there through its replacement and the shared layers above. The layers below the span never run
-twice, and only the replacement has gradients. With MSE alone neither model runs above the span.
+One batch: the original runs once; its states at the first edited or trained layer (and at those that an objective
+compares) are kept; the student goes on from there through what is trained and the shared layers above. The layers below
+never run twice, and only what is trained has gradients. With MSE alone neither model runs above the span.
 
 Shapes: B windows, T tokens, d width, V vocabulary.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from llm_streamline.arch import get_layers
 from llm_streamline.config import TrainingConfig
+from llm_streamline.errors import ConfigError
 from llm_streamline.measure.losses import token_losses
 from llm_streamline.measure.partial import ResumedModel, run_tapped
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.training import objectives
+from llm_streamline.training.heal import Healed
 
 
 class Student(nn.Module):
-    """The replacement networks of a plan, with a forward that returns the training loss.
+    """All that is trained, the networks of a plan and the healed weights, with a forward that returns the loss.
 
     The original model is held outside the module tree: it is not saved, moved, counted or wrapped with the student.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, replacements: list[Replacement], config: TrainingConfig):
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        replacements: list[Replacement],
+        config: TrainingConfig,
+        healed: Healed | None = None,
+    ):
         super().__init__()
         self.replacements = nn.ModuleList(replacements)
+        self.healed = healed
         self._model = (model,)
         self._config = config
         sources = plan.layer_sources()
         patches = {position: module for r in replacements for position, module in r.patches().items()}
-        self.resume_at = min(r.resume_at for r in replacements)
-        self._resumed = ResumedModel(model, sources, self.resume_at, patches)
+        patches |= healed.patches if healed else {}
+        unchanged = next((i for i, source in enumerate(sources) if i != source), len(sources))
+        self.resume_at = min([unchanged, *(r.resume_at for r in replacements), *([healed.resume_at] if healed else ())])
+        if config.gradient_checkpointing:
+            layers = get_layers(model)
+            patches = {
+                i: _Checkpointed(patches.get(i, layers[source]))
+                for i, source in enumerate(sources)
+                if i >= self.resume_at
+            }
+        self._resumed = ResumedModel(model, sources, self.resume_at, patches, healed.outside if healed else None)
+        self._states: dict[int, int] = {}
+        if "hidden" in config.objective:
+            pairs = hidden_pairs(plan, replacements)
+            self._states = {own: original for own, original in pairs.items() if own > self.resume_at}
+            if not self._states:
+                raise ConfigError(
+                    "the objective hidden has no state to compare: no layer above what is trained; use lm or kl"
+                )
         # float32 master weights and bfloat16 products beside a half-precision model; a float32 one stays float32
         self._autocast = config.autocast == "auto" and model.dtype != torch.float32
+
+    @property
+    def trained_names(self) -> set[str]:
+        """Names of the parameters that training changes: of a network in its own words, else as in the edited model."""
+        names = {f"{r.edit.start}:{r.edit.stop} {name}" for r in self.replacements for name, _ in r.trainable()}
+        return names | (self.healed.names if self.healed else set())
+
+    @property
+    def healing_rate(self) -> float:
+        """Learning rate of the healed weights."""
+        return self._config.heal.learning_rate
 
     @property
     def needs_logits(self) -> bool:
@@ -56,13 +97,14 @@ class Student(nn.Module):
         inputs = {"input_ids": input_ids.long()}
         weights, outs = self._config.objective, [r.out for r in self.replacements]
         spans = [r.edit for r in self.replacements] if "mse" in weights else []
-        wanted = {self.resume_at, *(edit.stop for edit in spans)}
+        wanted = {self.resume_at, *(edit.stop for edit in spans), *self._states.values()}
         with torch.no_grad():
             stop = None if "kl" in weights else max(wanted)
             states, teacher_logits = run_tapped(self._model[0], inputs, wanted, stop)
         with self._arithmetic(input_ids.device):
-            stop = None if self.needs_logits or with_token_losses else max(outs)
-            own, logits = self._resumed.run(inputs, states[self.resume_at], stop, outs)
+            compared = {*(outs if "mse" in weights else ()), *self._states}
+            stop = None if self.needs_logits or with_token_losses else max(compared)
+            own, logits = self._resumed.run(inputs, states[self.resume_at], stop, compared)
         parts: dict[str, Tensor] = {}
         if "mse" in weights:
             weighting = self._config.mse_weighting
@@ -71,6 +113,13 @@ class Student(nn.Module):
                 for out, edit in zip(outs, spans, strict=True)
             ]
             parts["mse"] = torch.stack(errors).mean()
+        if "hidden" in weights:
+            weighting = self._config.mse_weighting
+            errors = [
+                objectives.hidden_state_error(own[mine], states[original], weighting)
+                for mine, original in self._states.items()
+            ]
+            parts["hidden"] = torch.stack(errors).mean()
         if "lm" in weights:
             parts["lm"] = objectives.next_token_loss(logits, inputs["input_ids"])
         if "kl" in weights:
@@ -100,3 +149,34 @@ class Student(nn.Module):
         if not self._autocast:
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def hidden_pairs(plan: Plan, replacements: list[Replacement]) -> dict[int, int]:
+    """Which states should be alike: boundary of the edited model -> boundary of the original.
+
+    What leaves a layer that stayed is compared with what left it in the original (by its original index), what leaves a
+    network with what left its span.
+    """
+    sources = plan.layer_sources()
+    inside = {position for r in replacements for position in range(r.position, r.out)}
+    pairs = {i + 1: source + 1 for i, source in enumerate(sources) if i not in inside}
+    return dict(sorted({**pairs, **{r.out: r.edit.stop for r in replacements}}.items()))
+
+
+class _Checkpointed(nn.Module):
+    """A layer whose activations are computed again in the backward pass instead of being kept."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self._layer = (layer,)  # in a tuple: not a sub-module, so not moved, saved or counted twice
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)  # some models read a layer's `attention_type`
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._layer[0](*args, **kwargs)
+        return checkpoint(self._layer[0], *args, use_reentrant=False, **kwargs)

@@ -46,7 +46,23 @@ class WindowDataset(Dataset):
 
 
 class StreamlineTrainer(Trainer):
-    """Trains the replacement networks of a `Student`."""
+    """Trains what a `Student` holds: replacement networks, healed weights, or both."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's own, with a learning rate apart for weights that the original has already learned."""
+        optimizer = super().create_optimizer(model)
+        student: Student = self.accelerator.unwrap_model(self.model)
+        if student.healed is None:
+            return optimizer
+        healed = {id(parameter) for parameter in student.healed.parameters()}
+        for group in list(optimizer.param_groups):
+            ours = [parameter for parameter in group["params"] if id(parameter) in healed]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in healed]
+            if ours:
+                rate = student.healing_rate
+                optimizer.add_param_group({"params": ours, "weight_decay": group["weight_decay"], "lr": rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
@@ -163,7 +179,7 @@ class History(TrainerCallback):
         log.info("step %d: validation loss %.4f, LM loss %.4f", step, metrics["eval_loss"], value)
         if value < best_before:
             # a deep copy: references to live tensors would follow the training (specifications D6)
-            self.best = {name: p.detach().cpu().clone() for name, p in self._student.replacements.state_dict().items()}
+            self.best = {name: p.detach().cpu().clone() for name, p in self._student.state_dict().items()}
             self._write_best()
         if self.gives_up:
             log.info(
@@ -257,12 +273,13 @@ def train_student(
         if history.validation[-1]["step"] != trainer.state.global_step:
             trainer.evaluate()
         history.write()
-    student.replacements.load_state_dict(history.best)
+    student.load_state_dict(history.best)
     done = history.to_dict()
     tokens = trainer.state.global_step * seq_len * batch
     return {
         **done,
         "objective": dict(config.objective),
+        "trainable": config.trainable,
         "best_step": history.best_step,
         "tokens": tokens,
         "passes": round(trainer.state.global_step * batch / len(windows), 3),
