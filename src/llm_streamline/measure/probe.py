@@ -15,6 +15,7 @@ from llm_streamline.layer_config import edited_config
 from llm_streamline.logs import progress_bar
 from llm_streamline.measure.cost import Cost
 from llm_streamline.measure.files import Statistics
+from llm_streamline.measure.gradients import magnitudes, taylor
 from llm_streamline.measure.losses import token_losses
 from llm_streamline.measure.shared_prefix import SharedPrefix, Variant
 from llm_streamline.measure.stream import Observer, batches, observe
@@ -88,6 +89,24 @@ class Probe:
                 self.cost.forward(together.num_layers_run, ids.numel())
                 bar.advance(len(ids))
         return [torch.cat(means) for means in found]
+
+    def taylor(self, num_tokens: int) -> Tensor:
+        """Sum over each layer's weights of |w * dL/dw| on the first `num_tokens` calibration tokens: (W, L) float64.
+
+        Raises:
+            ArchitectureError: if the model is offloaded.
+            NumericsError: if a gradient is not finite.
+        """
+        count = max(1, num_tokens // self.calibration.seq_len)
+        windows = Windows(input_ids=self.calibration.input_ids[:count])
+        scores = taylor(self.model, windows)
+        self.cost.forward(self.facts.num_layers, windows.num_tokens)
+        self.cost.backward(self.facts.num_layers, windows.num_tokens)
+        return scores
+
+    def magnitudes(self, power: int) -> Tensor:
+        """Sum over each layer's weights of |w|^power: (L,) float64; costs no forward."""
+        return magnitudes(self.model, power)
 
     def obstacle(self, plan: Plan) -> str | None:
         """Why this architecture cannot hold the plan's layers; None when it can."""

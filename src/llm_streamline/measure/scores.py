@@ -65,6 +65,27 @@ def bootstrap_mean_difference(
     return float((difference * weights).sum() / weights.sum()), low, high
 
 
+def bootstrap_ranks(values: Tensor, seed: int, num_samples: int = 1000) -> list[tuple[int, int]]:
+    """Ranks that items might have had with other windows: bootstrap over windows of the rank of each item's mean.
+
+    Args:
+        values: (W, n) a quantity of n items in each window, lowest mean first.
+        seed: of the resampling.
+        num_samples: bootstrap samples.
+
+    Returns:
+        For each item the 2.5th and 97.5th percentile of its rank, 1 for the lowest.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.zeros(num_samples, len(values), dtype=torch.float64)
+    drawn = torch.randint(len(values), (num_samples, len(values)), generator=generator)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    ranks = (counts @ values.double()).argsort(dim=1).argsort(dim=1).double() + 1  # (samples, n)
+    low = ranks.quantile(0.025, dim=0, interpolation="lower")
+    high = ranks.quantile(0.975, dim=0, interpolation="higher")
+    return [(int(a), int(b)) for a, b in zip(low, high, strict=True)]
+
+
 def massive_activation_layers(norm_first: Tensor, norm_rest: Tensor, factor: float = 10.0) -> list[int]:
     """Layers that lengthen the first token's state by `factor` or more while the other tokens' stay within it.
 

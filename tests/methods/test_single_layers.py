@@ -1,0 +1,139 @@
+"""Shortened LLaMA and the metrics of Reassessing: single layers, one shot."""
+
+from collections import Counter
+
+import pytest
+import torch
+from plans import tiny_windows
+from probes import loss_without, probe_of, removed_by
+from tiny import tiny_model
+
+from llm_streamline.arch import find_arch, silence
+from llm_streamline.errors import ConfigError, PlanError
+from llm_streamline.measure.gradients import taylor
+from llm_streamline.measure.scores import bootstrap_ranks
+from llm_streamline.methods.reassessing import ReassessingConfig, reassessing
+from llm_streamline.methods.shortened_llama import ShortenedLlamaConfig, shortened_llama
+from llm_streamline.methods.shortgpt import ShortgptConfig, shortgpt
+from llm_streamline.plan import Network, Remove
+from llm_streamline.schema import parse
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def shortened(probe, count, **options):
+    return shortened_llama(probe, ShortenedLlamaConfig(num_removed=count, **options))
+
+
+def by_metric(probe, count, metric):
+    return reassessing(probe, ReassessingConfig(num_removed=count, metric=metric))
+
+
+def test_ppl_ranks_by_the_loss_of_the_model_really_without_the_layer(model):
+    probe = probe_of(model)
+    losses = [loss_without(model, [layer], probe.validation) for layer in range(8)]
+    order = sorted(range(8), key=losses.__getitem__)
+    plan = by_metric(probe, 3, "ppl")
+    assert list(plan.selection.order) == order[:3]
+    assert plan.selection.margin.difference == pytest.approx(losses[order[3]] - losses[order[2]], rel=1e-4)
+    allowed = [layer for layer in order if 1 <= layer < 7]
+    assert list(shortened(probe, 3, protect_first=1, protect_last=1).selection.order) == allowed[:3]
+
+
+def test_taylor_ranks_by_the_taylor_score_of_the_first_calibration_windows(model):
+    probe = probe_of(model)
+    scores = taylor(model, tiny_windows(2, seed=7)).mean(0).tolist()
+    order = sorted(range(8), key=scores.__getitem__)
+    options = {"criterion": "taylor", "protect_first": 0, "protect_last": 0, "gradient_tokens": 2 * 16}
+    assert list(shortened(probe, 4, **options).selection.order) == order[:4]
+    assert probe.forward_passes == 3 * 2 / 4  # forward and twice as much backward, on two of four windows
+
+
+@pytest.mark.parametrize("metric", ["taylor", "bi", "ppl"])
+def test_a_silent_layer_goes_first(metric):
+    model = tiny_model()
+    silence(model.model.layers[5], find_arch(model))
+    plan = by_metric(probe_of(model, with_statistics=True), 1, metric)
+    if metric == "ppl":  # some layers of a random model do harm, so it need not be the first
+        loss = loss_without(model, [5], tiny_windows(5))
+        assert loss == pytest.approx(loss_without(model, [], tiny_windows(5)), rel=1e-6)
+        assert loss_without(model, plan.selection.order, tiny_windows(5)) <= loss
+    else:
+        assert plan.selection.order == (5,)
+
+
+@pytest.mark.parametrize("metric", ["magnitude_l1", "magnitude_l2"])
+def test_the_layers_with_the_smallest_weights_go_first(metric):
+    model = tiny_model()
+    for layer, scale in ((6, 0.1), (2, 0.2)):
+        for parameter in model.model.layers[layer].parameters():
+            parameter.data.mul_(scale)
+    probe = probe_of(model)
+    assert by_metric(probe, 2, metric).selection.order == (6, 2)
+    assert shortened(probe, 1, criterion="magnitude", protect_first=0, protect_last=2).selection.order == (2,)
+    assert probe.forward_passes == 0
+
+
+def test_the_plus_protects_the_first_four_and_the_last_two(model):
+    assert removed_by(shortened(probe_of(model), 2)) == [4, 5]
+    with pytest.raises(PlanError, match="only 2 may"):
+        shortened(probe_of(model), 3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_the_tail_cut_keeps_the_first_layers_and_costs_nothing(model, count):
+    probe = probe_of(model)
+    plan = by_metric(probe, count, "tail")
+    assert plan.edits == (Remove(start=8 - count, stop=8),)
+    assert plan.selection.order == tuple(range(7, 7 - count, -1))
+    assert probe.forward_passes == 0
+
+
+def test_random_is_decided_by_the_seed_and_favours_nobody(model):
+    orders = [by_metric(probe_of(model, seed=seed), 2, "random").selection.order for seed in range(160)]
+    assert orders[0] == by_metric(probe_of(model, seed=0), 2, "random").selection.order
+    counts = Counter(layer for order in orders for layer in order)  # each expected 40 times, standard deviation 5.5
+    assert all(15 < counts[layer] < 65 for layer in range(8))
+
+
+def test_bi_is_block_influence(model):
+    probe = probe_of(model, with_statistics=True)
+    assert by_metric(probe, 3, "bi").edits == shortgpt(probe, ShortgptConfig(num_removed=3)).edits
+    assert probe.forward_passes == 1
+
+
+def test_a_set_that_the_architecture_cannot_hold_is_passed_over():
+    model = tiny_model("lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "full_attention"])
+    plan = by_metric(probe_of(model), 3, "tail")
+    assert plan.selection.order == (3, 2, 0)  # one layer whose cache knows the length must stay
+    model = tiny_model("lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "conv"])
+    assert 1 not in by_metric(probe_of(model), 3, "ppl").selection.order
+
+
+def test_the_ranks_other_windows_might_have_given_are_named(model):
+    notes = by_metric(probe_of(model), 2, "ppl").selection.notes
+    assert "rank 1" in notes[1]
+    assert "of 8" in notes[1]
+    assert "(perplexity " in notes[1]
+
+
+def test_bootstrap_ranks_are_sharp_where_items_differ_and_wide_where_they_do_not():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    assert bootstrap_ranks(torch.tensor([0.0, 200.0, 100.0]) + noise, 0) == [(1, 1), (3, 3), (2, 2)]
+    ranks = bootstrap_ranks(noise - noise.mean(0), 0)
+    assert all(low == 1 and high == 3 for low, high in ranks)
+
+
+@pytest.mark.parametrize("config", [ShortenedLlamaConfig, ReassessingConfig])
+def test_nothing_is_put_back(config):
+    with pytest.raises(ConfigError, match="--replacement none"):
+        parse(config, {"num_removed": 2, "network": Network(kind="layer")}, "options")
+
+
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(ConfigError, match="metric"):
+        parse(ReassessingConfig, {"num_removed": 2, "metric": "gut_feeling"}, "options")
