@@ -14,7 +14,19 @@ from llm_streamline.methods.registry import method_names
 from llm_streamline.options import RECIPE_OPTIONS
 from llm_streamline.plan import Plan, Remove, Replace
 
-COMMANDS = ["compress", "analyze", "plan", "apply", "train", "evaluate", "stability", "report", "methods", "demo"]
+COMMANDS = [
+    "compress",
+    "analyze",
+    "plan",
+    "apply",
+    "train",
+    "evaluate",
+    "stability",
+    "report",
+    "methods",
+    "demo",
+    "simulate",
+]
 
 
 @pytest.fixture(scope="module")

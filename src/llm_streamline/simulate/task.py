@@ -60,12 +60,8 @@ class Task:
         else:
             widths = self.network.width or template.inner
             matrices = (2 if self.network.kind == "ffn" else 3) * d * widths
-        plain = replace(template, query_width=0, value_width=0)
-        return (
-            replace(
-                plain, parameters=matrices, multiplied=matrices, inputs=d + widths, outputs=d + widths, inner=widths
-            ),
-        )
+        plain = replace(template, query_width=0, value_width=0, inner=widths)
+        return (replace(plain, parameters=matrices, multiplied=matrices, inputs=d + widths, outputs=d + widths),)
 
     @property
     def parameters_trained(self) -> int:
@@ -136,6 +132,7 @@ class Pass:
 
 
 def forward(task: Task, layers: tuple[LayerShape, ...], seq_len: int, element: int | None = None) -> Pass:
+    """A forward through some of the layers; `element` is the bytes of a weight, the model\'s own when left out."""
     element = element or task.shape.element_bytes
     return Pass(
         layers_flops(layers, seq_len),
