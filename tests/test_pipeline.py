@@ -153,7 +153,7 @@ def test_everything_a_run_leaves_is_there(done):
     assert set(wanted.split()) <= names
     assert (out / "README.md").is_file()
     assert is_complete(out)
-    assert set(read_manifest(out)["stage_seconds"]) == {"measure", "plan", "train", "save", "evaluate"}
+    assert set(read_manifest(out)["stage_seconds"]) == {"text", "measure", "plan", "train", "save", "evaluate"}
     history = json.loads((out / "streamline" / "training.json").read_text())
     assert history["best_step"] in [row["step"] for row in history["validation"]]
     assert history["starts"]

@@ -5,6 +5,7 @@ killed run or a full disk never leaves half a file under a real name.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -182,6 +183,12 @@ def _umask() -> int:
 
 
 # --- small things
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def nearest_existing(path: Path) -> Path:

@@ -26,6 +26,7 @@ from llm_streamline.files import (
     write_json,
     write_text,
 )
+from llm_streamline.lock import LOCK_FILE
 from llm_streamline.version import __version__
 
 __all__ = [
@@ -111,12 +112,17 @@ def withdraw(out: Path, *, existed: bool) -> None:
     """Undo `open_output`: remove what we wrote, and the folder itself unless it `existed` before."""
     with saving(out):
         _clear(out)
+        remove(out / TOOL_FOLDER / LOCK_FILE)
         (out / TOOL_FOLDER).rmdir()
         if not existed:
             out.rmdir()
 
 
 def _is_ours(out: Path) -> bool:
+    if all(path.name == TOOL_FOLDER and path.is_dir() for path in out.iterdir()):
+        inside = [path.name for path in (out / TOOL_FOLDER).iterdir()]
+        if all(name == LOCK_FILE or name.startswith(TEMP_PREFIX) for name in inside):
+            return True  # a run of ours was killed before it could write its marker
     try:
         marker = json.loads((out / TOOL_FOLDER / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -129,7 +135,7 @@ def _clear(out: Path) -> None:
     for name in owned_files(out):
         remove(out / name)
     for path in (out / TOOL_FOLDER).iterdir():
-        if path.name not in (RUN_FILE, _OWNED_FILE):
+        if path.name not in (RUN_FILE, _OWNED_FILE, LOCK_FILE):
             remove(path)
     for name in (_OWNED_FILE, RUN_FILE):
         remove(out / TOOL_FOLDER / name)
@@ -154,6 +160,7 @@ def publish(staging: Path, out: Path, last: str) -> None:
         sync_tree(staging)
         before = claim(out, names)
         remove_manifest(out)
+        remove(out / last)  # killed from here on, the folder must not look like a model: old and new files are mixed
         for name in names:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, out / name)

@@ -18,7 +18,7 @@ from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
 from llm_streamline.evaluation.material import check_config
 from llm_streamline.evaluation.result import Results
 from llm_streamline.evaluation.size import model_size
-from llm_streamline.ledger import Ledger, key_of
+from llm_streamline.ledger import key_of
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics
 from llm_streamline.output import (
@@ -33,12 +33,13 @@ from llm_streamline.plan import Plan, Replace
 from llm_streamline.proof import Proof
 from llm_streamline.report.tables import Preview
 from llm_streamline.resume import (
-    WORK_FOLDER,
+    STAGES,
     decided,
     evaluated,
     evaluation_wanted,
     install_and_prove,
     measured,
+    prepared,
     trained_checkpoint,
     window_hashes,
 )
@@ -80,10 +81,10 @@ def analyze(model: str, out: str | Path, recipe: Recipe | None = None, *, fresh:
     check_output(out, source=protected(source))
     loaded = stages.load_original(source, recipe)
     stages.check_text(loaded, recipe)
-    with opened(out, fresh, source) as out:
-        folder = out / TOOL_FOLDER
-        windows = stages.make_windows(loaded, recipe, ("calibration",), folder / WORK_FOLDER / "windows")
-        return measured(loaded, windows["calibration"], recipe, folder, Ledger(folder))
+    with opened(out, fresh, source) as run:
+        with run.taken_back_if_refused():
+            windows = prepared(loaded, recipe, ("calibration",), run.folder, run.ledger)
+        return measured(loaded, windows["calibration"], recipe, run.folder, run.ledger)
 
 
 def make_plan(
@@ -137,11 +138,12 @@ def apply_plan(
     preview = _preview(loaded, plan, recipe, None)
     untrained = stages.Trained(stages.untrained(loaded, plan, recipe.seed), None, None)
     texts = probe_texts(loaded.model, loaded.tokenizer)
-    with opened(out, fresh, source) as out:
-        remove_manifest(out)
-        proof = install_and_prove(loaded, plan, untrained, out, texts)
-    finish(out, plan, recipe, loaded.source, {"stage": "apply"})
-    return Outcome(out, plan, preview, None, proof, None)
+    with opened(out, fresh, source) as run:
+        with run.taken_back_if_refused():
+            remove_manifest(run.out)
+            proof = install_and_prove(loaded, plan, untrained, run.out, texts)
+        finish(run.out, plan, recipe, loaded.source, {"stage": "apply"})
+    return Outcome(run.out, plan, preview, None, proof, None)
 
 
 def train_replacement(
@@ -165,14 +167,14 @@ def train_replacement(
     check_healing(loaded.model, recipe.training, has_network)
     stages.check_text(loaded, recipe)
     preview = _preview(loaded, plan, recipe, None)
-    with opened(out, fresh, source) as out:
-        folder = out / TOOL_FOLDER
-        windows = stages.make_windows(loaded, recipe, ("train", "validation"), folder / WORK_FOLDER / "windows")
-        remove_manifest(out)
-    texts = probe_texts(loaded.model, loaded.tokenizer)
-    proof = trained_checkpoint(loaded, plan, recipe, windows, out, Ledger(folder), texts)
-    finish(out, plan, recipe, loaded.source, {"stage": "train"})
-    return Outcome(out, plan, preview, None, proof, None)
+    with opened(out, fresh, source) as run:
+        with run.taken_back_if_refused():
+            windows = prepared(loaded, recipe, ("train", "validation"), run.folder, run.ledger)
+        remove_manifest(run.out)
+        texts = probe_texts(loaded.model, loaded.tokenizer)
+        proof = trained_checkpoint(loaded, plan, recipe, windows, run.out, run.ledger, texts)
+        finish(run.out, plan, recipe, loaded.source, {"stage": "train"})
+    return Outcome(run.out, plan, preview, None, proof, None)
 
 
 def evaluate(
@@ -232,28 +234,29 @@ def compress(
     loaded = stages.load_original(source, recipe)
     stages.check_wishes(loaded, recipe)
     stages.check_text(loaded, recipe)
-    with opened(out, fresh, source) as out:
-        folder, ledger = out / TOOL_FOLDER, Ledger(out / TOOL_FOLDER)
-        roles = ("calibration", "train", "validation", "evaluation")
-        windows = stages.make_windows(loaded, recipe, roles, folder / WORK_FOLDER / "windows")
-        wanted = evaluation_wanted(recipe, loaded, windows)
+    with opened(out, fresh, source) as run:
+        out, folder, ledger = run.out, run.folder, run.ledger
+        with run.taken_back_if_refused():
+            roles = ("calibration", "train", "validation", "evaluation")
+            windows = prepared(loaded, recipe, roles, folder, ledger)
+            wanted = evaluation_wanted(recipe, loaded, windows)
         run_key = key_of(source.fingerprint, recipe.model_dump(mode="json"), window_hashes(windows))
-        if is_complete(out) and read_manifest(out).get("key") == run_key:
+        if is_complete(out) and read_manifest(out).get("key") == run_key and ledger.is_intact(STAGES):
             log.info("%s holds this very run already, finished; --fresh starts over", out)
             return _found(out, loaded, recipe)
         remove_manifest(out)
         stages.write_recipe(folder, recipe)
         statistics = measured(loaded, windows["calibration"], recipe, folder, ledger)
-    plan = decided(loaded, recipe, statistics, windows, folder, ledger)
-    preview = _preview(loaded, plan, recipe, statistics)
-    _announce(plan, preview)
-    texts = probe_texts(loaded.model, loaded.tokenizer)
-    proof = trained_checkpoint(loaded, plan, recipe, windows, out, ledger, texts)
-    del loaded
-    gc.collect()
-    results = evaluated(source, recipe, wanted, plan, out, ledger, windows)
-    manifest = {"key": run_key, "recipe_name": recipe_name}
-    report = finish(out, plan, recipe, source, manifest)
+        plan = decided(loaded, recipe, statistics, windows, folder, ledger)
+        preview = _preview(loaded, plan, recipe, statistics)
+        _announce(plan, preview)
+        texts = probe_texts(loaded.model, loaded.tokenizer)
+        proof = trained_checkpoint(loaded, plan, recipe, windows, out, ledger, texts)
+        del loaded
+        gc.collect()
+        results = evaluated(source, recipe, wanted, plan, out, ledger, windows)
+        manifest = {"key": run_key, "recipe_name": recipe_name}
+        report = finish(out, plan, recipe, source, manifest)
     return Outcome(out, plan, preview, results, proof, report)
 
 

@@ -1,9 +1,11 @@
 """The stages of a run with their ledger: each is taken from the folder when it was done for the same key, else done.
 
-Each works in the run's tool folder and says what it reuses; what it does itself is told in `stages.py`.
+Each works in the run's tool folder, says what it reuses and does again what is damaged; what it does itself is told in
+`stages.py`.
 """
 
 import json
+import time
 from pathlib import Path
 
 from llm_streamline import stages
@@ -16,21 +18,43 @@ from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
 from llm_streamline.evaluation.material import gather
 from llm_streamline.evaluation.result import Results
-from llm_streamline.ledger import LEDGER_FILE, Ledger, key_of
+from llm_streamline.ledger import Ledger, key_of
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics
-from llm_streamline.output import TOOL_FOLDER, write_json, write_text
+from llm_streamline.output import TOOL_FOLDER, owned_files, write_json, write_text
 from llm_streamline.plan import Plan
-from llm_streamline.proof import Proof
+from llm_streamline.proof import PROOF_FILE, Proof
 from llm_streamline.replacements.build import install_plan
 from llm_streamline.replacements.ship import needs_code, shipped_files
+from llm_streamline.report.card import CARD_FILE
 from llm_streamline.report.heatmap import write_heatmap_png
 from llm_streamline.run_folder import command_line
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 
+STAGES = ("text", "measure", "plan", "train", "save", "evaluate")  # of `compress`, in their order
 HELD_OUT = "held-out text"  # name of the run's own evaluation windows in its results
 WORK_FOLDER = "work"  # tokens and checkpoints: needed to go on after a kill, not part of the result
 log = get_logger()
+
+
+def prepared(
+    loaded: LoadedModel, recipe: Recipe, roles: tuple[str, ...], folder: Path, ledger: Ledger
+) -> dict[str, Windows]:
+    """The windows of some roles. Each role's are kept under a key of their own, so that only what changed is remade."""
+    place = folder / WORK_FOLDER / "windows"
+    damaged = ledger.damaged("text")
+    for path in damaged:
+        log.warning("%s is damaged or missing: made again", path)
+        path.unlink(missing_ok=True)
+    started = time.perf_counter()
+    windows = stages.make_windows(loaded, recipe, roles, place)
+    key = key_of(window_hashes(windows))
+    if damaged or ledger.key("text") != key:
+        with ledger.running("text", key, started) as made:
+            made += [place / f"{role}.{suffix}" for role in roles for suffix in ("safetensors", "json")]
+    else:
+        log.info("windows: made before, taken from %s", place)
+    return windows
 
 
 def measured(loaded: LoadedModel, calibration: Windows, recipe: Recipe, folder: Path, ledger: Ledger) -> Statistics:
@@ -39,9 +63,10 @@ def measured(loaded: LoadedModel, calibration: Windows, recipe: Recipe, folder: 
     if ledger.is_done("measure", key):
         log.info("similarities: measured before, taken from %s", folder)
         return Statistics.load(folder)
-    with ledger.running("measure", key):
+    with ledger.running("measure", key) as made:
         statistics = stages.measure(loaded, calibration, recipe)
         statistics.save(folder)
+        made += [folder / "stats.safetensors", folder / "stats.json"]
         _draw(statistics, folder, None)
     return statistics
 
@@ -61,9 +86,9 @@ def decided(
         plan = Plan.load(folder / "plan.json")
         log.info("plan: made before, taken from %s", folder / "plan.json")
         return plan
-    with ledger.running("plan", key):
+    with ledger.running("plan", key) as made:
         plan = stages.decide(loaded, recipe, statistics, windows)
-        write_text(folder / "plan.json", plan.to_json())
+        made.append(write_text(folder / "plan.json", plan.to_json()))
         _draw(statistics, folder, plan)
     return plan
 
@@ -82,19 +107,21 @@ def trained_checkpoint(
     wishes = recipe.model_dump(mode="json", include={"training", "replacement", "seed", "text"})
     texts_seen = window_hashes({role: windows[role] for role in ("train", "validation")})
     key = key_of(plan.digest(), str(loaded.dtype), wishes, texts_seen)
-    if ledger.is_done("save", key) and (folder / "proof.json").is_file():
+    if ledger.is_done("save", key):
         log.info("checkpoint: trained and proven before, left as it is")
         data = json.loads((folder / "proof.json").read_text(encoding="utf-8"))
         return Proof.model_validate({name: value for name, value in data.items() if name != "ok"})
     work = folder / WORK_FOLDER / key[:16]  # another key must not go on from these checkpoints
-    with ledger.running("train", key):
+    with ledger.running("train", key) as made:
         trained = stages.train(loaded, plan, recipe, windows, work)
         if trained.history is not None:
-            write_json(folder / "training.json", trained.history)
+            made.append(write_json(folder / "training.json", trained.history))
         else:
             (folder / "training.json").unlink(missing_ok=True)
-    with ledger.running("save", key):
-        return install_and_prove(loaded, plan, trained, out, texts)
+    with ledger.running("save", key) as made:
+        proof = install_and_prove(loaded, plan, trained, out, texts)
+        made += [folder / PROOF_FILE, *(out / name for name in owned_files(out) if name != CARD_FILE)]
+    return proof
 
 
 def install_and_prove(loaded: LoadedModel, plan: Plan, trained: stages.Trained, out: Path, texts: list[str]) -> Proof:
@@ -125,19 +152,21 @@ def evaluated(
 ) -> Results:
     """The compressed model's results beside those of the original, both loaded from disk."""
     path = out / TOOL_FOLDER / "results.json"
-    saved = json.loads((out / TOOL_FOLDER / LEDGER_FILE).read_text(encoding="utf-8"))["save"]["key"]
-    key = key_of(saved, config.model_dump(mode="json"), windows["evaluation"].provenance["sha256"])
+    key = key_of(ledger.key("save"), config.model_dump(mode="json"), windows["evaluation"].provenance["sha256"])
     if ledger.is_done("evaluate", key):
         log.info("results: measured before, taken from %s", path)
         return Results.load(path)
-    with ledger.running("evaluate", key):
+    with ledger.running("evaluate", key) as made:
         log.info("evaluating against the original")
         original = load_model(source, recipe.dtype, recipe.device)
         compressed = load_model(resolve_model(str(out)), "auto", recipe.device)
         held_out = {HELD_OUT: windows["evaluation"]}
-        return run_evaluation(
+        results = run_evaluation(
             compressed, original, config, out=path, windows=held_out, command=command_line(), plan_hash=plan.digest()
         )
+        items = {task.items_file for model in results.models for task in model.tasks if task.items_file}
+        made += [path, *(path.parent / name for name in sorted(items))]
+    return results
 
 
 def evaluation_wanted(recipe: Recipe, loaded: LoadedModel, windows: dict[str, Windows]) -> EvaluationConfig:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,27 +11,57 @@ from typing import Any
 from llm_streamline import stages
 from llm_streamline.config import Recipe
 from llm_streamline.errors import StreamlineError
-from llm_streamline.ledger import LEDGER_FILE, Ledger
-from llm_streamline.output import TOOL_FOLDER, claim, open_output, withdraw, write_manifest, write_text
+from llm_streamline.ledger import Ledger
+from llm_streamline.lock import locked
+from llm_streamline.output import TOOL_FOLDER, check_output, claim, open_output, withdraw, write_manifest, write_text
 from llm_streamline.plan import Plan
-from llm_streamline.report.card import write_card
+from llm_streamline.report.card import CARD_FILE, write_card
 from llm_streamline.report.html import write_report
 from llm_streamline.runtime import versions
 from llm_streamline.sources import ModelSource
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """An output folder that this process holds.
+
+    Attributes:
+        out: the folder.
+        folder: what in it is the tool's.
+        ledger: the stages that are done there.
+    """
+
+    out: Path
+    folder: Path
+    ledger: Ledger
+    existed: bool
+    was_ours: bool
+
+    @contextmanager
+    def taken_back_if_refused(self) -> Iterator[None]:
+        """Around all that comes before the first stage: a refused input leaves nothing behind in a new folder."""
+        try:
+            claim(self.out, [CARD_FILE])  # refused now rather than at the end, when it is not ours
+            yield
+        except StreamlineError as refusal:
+            if refusal.exit_code == 2 and not self.was_ours:
+                withdraw(self.out, existed=self.existed)
+            raise
+
+
 @contextmanager
-def opened(path: str | Path, fresh: bool, source: ModelSource) -> Iterator[Path]:
-    """The output folder; when the input is refused before any stage is done, what was written is taken back."""
-    existed, was_ours = Path(path).expanduser().exists(), (Path(path).expanduser() / TOOL_FOLDER).exists()
-    out = open_output(path, fresh=fresh, source=protected(source))
-    try:
-        claim(out, ["README.md"])  # refused now rather than at the end, when it is not ours
-        yield out
-    except StreamlineError as refusal:
-        if refusal.exit_code == 2 and not was_ours and not (out / TOOL_FOLDER / LEDGER_FILE).exists():
-            withdraw(out, existed=existed)
-        raise
+def opened(path: str | Path, fresh: bool, source: ModelSource) -> Iterator[RunFolder]:
+    """Open the output folder of a run and hold it until the run ends.
+
+    Raises:
+        OutputError: the folder is not ours, cannot be written, or another run is at work in it.
+    """
+    place = Path(path).expanduser()
+    existed, was_ours = place.exists(), (place / TOOL_FOLDER).exists()
+    out = check_output(path, source=protected(source))
+    with locked(out / TOOL_FOLDER):
+        out = open_output(path, fresh=fresh, source=protected(source))
+        yield RunFolder(out, out / TOOL_FOLDER, Ledger(out / TOOL_FOLDER), existed, was_ours)
 
 
 def finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: dict[str, Any]) -> Path:
@@ -47,7 +78,7 @@ def finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: d
         **manifest,
     }
     report = write_report(out, manifest=content)
-    claim(out, ["README.md"])  # once more: what is published since is all that counts as ours
+    claim(out, [CARD_FILE])  # once more: what is published since is all that counts as ours
     write_card(out, base_card=_base_card(base))
     write_manifest(out, content)
     return report
@@ -55,7 +86,7 @@ def finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: d
 
 def _base_card(source: ModelSource) -> str | None:
     """The original's model card, from which licence and language are inherited."""
-    card = source.path / "README.md"
+    card = source.path / CARD_FILE
     return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
 
 

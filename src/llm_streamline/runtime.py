@@ -182,15 +182,22 @@ def current_memory_bytes() -> int:
 def versions() -> dict[str, str]:
     """Return what a manifest records about the machine: packages, Python, system, processor, accelerator."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "cpus": str(os.cpu_count())}
-    for package in _VERSIONED_PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # an optional package that is not installed is not part of the run
+    found |= package_versions(_VERSIONED_PACKAGES)
     if "torch" in sys.modules:
         import torch
 
         if torch.cuda.is_available():
             found["cuda"] = str(torch.version.cuda)
             found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those of these packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # an optional package that is not installed is not part of the run
     return found

@@ -17,6 +17,7 @@ from llm_streamline.report.pair import Pair
 from llm_streamline.report.run import Run, load_run, network_words, what_was_done
 from llm_streamline.report.verdict import judge, thresholds
 
+CARD_FILE = "README.md"
 DEMO_BASE = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")  # what the source `demo` is, and its licence
 TAGS = ("llm-streamline", "depth-pruning", "layer-pruning", "compression")
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -80,7 +81,7 @@ def write_card(
         OutputError: the file cannot be written.
     """
     card = model_card(load_run(out), title=title, base_model=base_model, base_card=base_card)
-    return write_text(Path(out) / "README.md", card)
+    return write_text(Path(out) / CARD_FILE, card)
 
 
 def read_front_matter(card: str) -> dict[str, Any]:
