@@ -12,6 +12,8 @@ from llm_streamline.measure.scores import bootstrap_mean_difference
 from llm_streamline.plan import Margin, ModelFacts, Network, Plan, Remove, Replace, templates_for
 from llm_streamline.spans import Span, runs
 
+_MOST_NETWORKS = 8  # candidates' networks in memory at a time
+
 
 def layers_put_back(network: Network | None) -> int:
     """Entries of the layer list that come back in place of one span."""
@@ -93,8 +95,14 @@ class Trial:
 
 
 def tried(probe: Probe, plans: Sequence[Plan]) -> Trial:
-    """Try all plans together."""
-    original, losses = probe.losses(plans)
+    """Try all plans together, or in groups where their networks would be many at once: each is a float32 copy."""
+    groups: list[list[Plan]] = [[]]
+    for plan in plans:
+        if sum(isinstance(edit, Replace) for one in (*groups[-1], plan) for edit in one.edits) > _MOST_NETWORKS:
+            groups.append([])
+        groups[-1].append(plan)
+    original, losses = probe.losses(groups[0])
+    losses = [*losses, *(loss for group in groups[1:] for loss in probe.losses_of(group))]
     order = sorted(range(len(plans)), key=lambda i: float(losses[i].mean()))
     margin = loss_margin(losses[order[0]], losses[order[1]], probe.seed) if len(order) > 1 else None
     return Trial(order, original, losses, margin)

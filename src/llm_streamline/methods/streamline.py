@@ -14,7 +14,7 @@ from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import bootstrap_mean_difference
 from llm_streamline.methods.choosing import lowest_start, spans_plan, tried, untried
 from llm_streamline.methods.registry import MethodConfig, method
-from llm_streamline.plan import Candidate, Margin, Plan, Selection, templates_for
+from llm_streamline.plan import Candidate, Margin, Network, Plan, Selection, templates_for
 from llm_streamline.spans import Span, interleave, ranked_spans, spans_of_length
 
 
@@ -75,13 +75,15 @@ def candidate_spans(statistics: Statistics, config: StreamlineConfig, lowest_sta
     ranked = [span for span in ranked if span[0] >= lowest_start]
     if config.candidates == "mean" or count == 1:
         return ranked[:count]
-    massive = set(statistics.massive_layers)
+    massive = statistics.massive_layers
+    sparing = [span for span in ranked if keeps_massive(span, config.network, massive)]
+    return interleave(sparing, ranked, count)
 
-    def keeps(span: Span) -> bool:
-        kept = templates_for(config.network, *span) if config.network else ()
-        return not massive & (set(range(*span)) - set(kept))
 
-    return interleave([span for span in ranked if keeps(span)], ranked, count)
+def keeps_massive(span: Span, network: Network | None, massive: list[int]) -> bool:
+    """Whether the model without `span` keeps every layer in `massive`, or starts the network in its place from it."""
+    kept = templates_for(network, *span) if network else ()
+    return not set(massive) & (set(range(*span)) - set(kept))
 
 
 def _similarity_margin(statistics: Statistics, chosen: Span, length: int, seed: int) -> Margin | None:

@@ -1,0 +1,157 @@
+"""Several spans instead of one, each with a network of its own in its place; ours, by dynamic programming.
+
+One long span must cross layers that matter. Several short ones can go around them, but each costs a network: with one
+layer put back, k spans remove k - 1 layers more than a single span does, so that all results have as many layers.
+
+The cost of a set is the sum over its spans. With `score: cosine` a span costs one minus the mean cosine between its
+input and its output, about half the squared angle: errors of spans that are independent add in squares. With
+`score: loss` it costs what its plain removal adds to the held-out loss. Neither sees how spans act together, so the
+cheapest sets of every number of spans are tried by held-out loss, the best single span among them.
+"""
+
+import math
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from llm_streamline.errors import ArchitectureError, PlanError
+from llm_streamline.measure.probe import Probe
+from llm_streamline.methods.choosing import layers_put_back, lowest_start, sound, spans_plan, tried, untried
+from llm_streamline.methods.registry import MethodConfig, method
+from llm_streamline.methods.streamline import keeps_massive
+from llm_streamline.plan import Candidate, Plan, Selection
+from llm_streamline.spans import Span, cheapest_sets, take_turns
+
+Table = list[list[float]]  # (L+1) x (L+1), infinity where a span may not be
+
+
+class MultiSpanConfig(MethodConfig):
+    """Options of the search. `num_removed` is what a single span would remove; more spans remove more, see above."""
+
+    max_spans: PositiveInt = Field(3, description="spans at most")
+    min_length: PositiveInt | None = Field(
+        None, description="layers in a span at least; default: one more than come back"
+    )
+    score: Literal["cosine", "loss"] = Field("cosine", description="cost of a span: its cosine, or its held-out loss")
+
+    @model_validator(mode="after")
+    def _check(self) -> "MultiSpanConfig":
+        if self.min_length is not None and self.min_length <= layers_put_back(self.network):
+            raise ValueError(
+                f"min_length {self.min_length}: a span shorter than {layers_put_back(self.network) + 1} layers saves "
+                "nothing, for as many come back"
+            )
+        return self
+
+    @property
+    def shortest(self) -> int:
+        """Layers in a span at least."""
+        return self.min_length or layers_put_back(self.network) + 1
+
+    @property
+    def net(self) -> int:
+        """Layers fewer in the result, whatever the number of spans."""
+        return self.num_removed - layers_put_back(self.network)
+
+    def check_fits(self, num_layers: int) -> None:
+        """Refuse a target that no set of spans meets."""
+        super().check_fits(num_layers)
+        if not self.sets([[0.0] * (num_layers + 1)] * (num_layers + 1), 1):
+            raise PlanError(
+                f"no set of 1 to {self.max_spans} spans of at least {self.shortest} layers makes a model of "
+                f"{num_layers} layers {self.net} layers shorter; lower min_length or remove more"
+            )
+
+    def sets(self, cost: Table, count: int) -> dict[int, list[tuple[float, tuple[Span, ...]]]]:
+        """Cheapest sets by number of spans."""
+        put_back, first = layers_put_back(self.network), lowest_start(self.network)
+        return cheapest_sets(cost, self.net, put_back, self.max_spans, self.shortest, count, first)
+
+
+@method(paper="ours", config=MultiSpanConfig)
+def multi_span(probe: Probe, config: MultiSpanConfig) -> Plan:
+    """Up to three spans, each with its own network, by dynamic programming; the best few verified by held-out loss."""
+    num_layers = probe.facts.num_layers
+    config.check_fits(num_layers)
+    massive: list[int] = []
+    if config.score == "cosine":
+        statistics = probe.statistics()
+        cost, massive = (1 - statistics.similarity).tolist(), statistics.massive_layers
+    else:
+        cost = _loss_costs(probe, config)
+    count = max(config.verify, 1)
+    rankings = []
+    if massive and config.verify:  # a mean cosine cannot show what a massive activation is worth: see streamline
+        rankings += config.sets(_sparing(cost, config, massive), count).values()
+    found = config.sets(cost, count)
+    if not found:
+        raise ArchitectureError("no set of spans can be removed from this model")
+    rankings += found.values()
+    if config.verify:
+        sets = take_turns([[spans for _, spans in ranking] for ranking in rankings], count)
+    else:
+        sets = [min(ranking[0] for ranking in found.values())[1]]
+    plans = [spans_plan(probe.facts, config.network, spans) for spans in sets]
+    good = sound(probe, plans)
+    sets, plans = [sets[index] for index in good], [plans[index] for index in good]
+    trial = tried(probe, plans) if config.verify and len(plans) > 1 else untried(len(plans), None)
+    best = trial.order[0]
+    candidates = tuple(
+        Candidate(
+            start=spans[0][0],
+            stop=spans[0][1],
+            more=spans[1:],
+            score=sum(cost[start][stop] for start, stop in spans),
+            heldout_loss=trial.mean(index),
+        )
+        for index, spans in enumerate(sets)
+    )
+    selection = Selection(
+        method="multi_span",
+        target="",
+        convention=_convention(sets[best], config, num_layers),
+        chosen=sets[best][0] if len(sets[best]) == 1 else None,
+        candidates=candidates,
+        score_name="sum of 1 - cosine" if config.score == "cosine" else "sum of added losses",
+        original_loss=trial.original_loss,
+        margin=trial.margin,
+    )
+    return plans[best].model_copy(update={"selection": selection})
+
+
+def _convention(spans: tuple[Span, ...], config: MultiSpanConfig, num_layers: int) -> str:
+    removed = sum(stop - start for start, stop in spans)
+    added = len(spans) * layers_put_back(config.network)
+    return (
+        f"net: {removed} layers leave in {len(spans)} span{'s' if len(spans) > 1 else ''}, {added} come back, "
+        f"{num_layers - removed + added} remain"
+    )
+
+
+def _loss_costs(probe: Probe, config: MultiSpanConfig) -> Table:
+    """What the plain removal of each span adds to the held-out loss, in nats a token."""
+    num_layers = probe.facts.num_layers
+    longest = min(config.num_removed, num_layers - 1)
+    spans = [
+        (start, stop)
+        for start in range(lowest_start(config.network), num_layers)
+        for stop in range(start + config.shortest, min(start + longest, num_layers) + 1)
+    ]
+    plans = [spans_plan(probe.facts, None, [span]) for span in spans]
+    good = sound(probe, plans)
+    original, losses = probe.losses([plans[index] for index in good])
+    cost = [[math.inf] * (num_layers + 1) for _ in range(num_layers + 1)]
+    for index, loss in zip(good, losses, strict=True):
+        cost[spans[index][0]][spans[index][1]] = float((loss - original).mean())
+    return cost
+
+
+def _sparing(cost: Table, config: MultiSpanConfig, massive: list[int]) -> Table:
+    """The costs, with spans forbidden that lose a layer which makes a massive activation."""
+    return [
+        [
+            price if stop <= start or keeps_massive((start, stop), config.network, massive) else math.inf
+            for stop, price in enumerate(row)
+        ]
+        for start, row in enumerate(cost)
+    ]
