@@ -4,7 +4,7 @@ import pytest
 from plans import facts, replace
 
 from llm_streamline.errors import PlanError
-from llm_streamline.plan import Candidate, Margin, Network, Plan, Remove, Replace, Selection, templates_for
+from llm_streamline.plan import Candidate, Margin, Merge, Network, Plan, Remove, Replace, Selection, templates_for
 
 
 def plan(*edits, num_layers=8):
@@ -107,7 +107,21 @@ def test_json_of_another_shape_is_refused(tmp_path, data):
     refusal(write(tmp_path / "p.json", data if data != "text" else '"text"'))
 
 
+MERGED = Merge(start=2, stop=5, weights=(-1.0, 1.0, 1.0), norms=(1.0, 0.0, 0.0))
+
+
+def test_a_merge_leaves_one_layer_and_survives_its_file(tmp_path):
+    merging = plan(MERGED, Remove(start=6, stop=7))
+    assert merging.layer_sources() == (0, 1, 2, 5, 7)
+    assert merging.position_of(merging.edits[1]) == 4
+    assert merging.describe() == "merge 3 of 8 layers [2, 5) into one; remove 1 of 8 layers [6, 7): 8 -> 5 layers"
+    assert Plan.load(write(tmp_path / "plan.json", merging.to_json())) == merging
+    other = Merge(start=2, stop=5, weights=(0.0, 0.0, 1.0), norms=(1.0, 0.0, 0.0))
+    assert plan(other).digest() != plan(MERGED).digest()
+
+
 LAYER = {"kind": "layer"}
+MERGE = {"kind": "merge", "start": 1, "stop": 3, "weights": [0.5, 0.5], "norms": [1, 0]}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +139,11 @@ LAYER = {"kind": "layer"}
         ([{"kind": "remove", "start": 0, "stop": 8}], "remove every layer"),
         ([{"kind": "remove", "start": 1, "stop": 2, "stpo": 3}], "Did you mean 'stop'?"),
         ([{"kind": "merge", "start": 1, "stop": 2}], "edits.0"),
+        ([MERGE | {"stop": 4}], "a merge of 3 layers needs 3 factors, got 2"),
+        ([MERGE | {"norms": [1]}], "norms: a merge of 2 layers needs 2 factors, got 1"),
+        ([MERGE | {"weights": [0.5, "inf"]}], "must be finite"),
+        ([MERGE | {"stop": 2, "weights": [1], "norms": [1]}], "a merge needs at least two"),
+        ([MERGE, MERGE], "overlaps the edit before"),
         (
             [{"kind": "replace", "start": 1, "stop": 4, "network": LAYER, "templates": []}],
             "needs 1 template layer(s), got 0",

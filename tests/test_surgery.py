@@ -20,7 +20,7 @@ def logits_of(model):
 
 
 def plan_of(sources, num_layers=NUM_LAYERS):
-    return SimpleNamespace(model=SimpleNamespace(num_layers=num_layers), layer_sources=lambda: tuple(sources))
+    return SimpleNamespace(model=SimpleNamespace(num_layers=num_layers), edits=(), layer_sources=lambda: tuple(sources))
 
 
 def test_apply_plan_keeps_the_layers_the_plan_names():

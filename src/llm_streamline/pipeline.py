@@ -101,7 +101,7 @@ def make_plan(
     Raises:
         StreamlineError: whatever is wrong, before the slow work.
     """
-    recipe = recipe or Recipe()
+    recipe = stages.settled(recipe or Recipe())
     source = resolve_model(model)
     stages.check_early(source, recipe)
     statistics = Statistics.load(stats) if stats else None
@@ -226,7 +226,7 @@ def compress(
         StreamlineError: whatever is wrong with model, text, target or folder, before the slow work.
         ProofError: the saved checkpoint does not behave like the model in memory.
     """
-    recipe = recipe or Recipe()
+    recipe = stages.settled(recipe or Recipe())
     source = resolve_model(model)
     stages.check_early(source, recipe)
     check_config(recipe.evaluation)

@@ -6,6 +6,7 @@ and edit; loading checks everything that can be checked without the model, `chec
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -96,7 +97,40 @@ class Replace(FrozenModel):
         return self
 
 
-Edit = Annotated[Remove | Replace, Field(discriminator="kind")]
+class Merge(FrozenModel):
+    """Collapse the layers [start, stop) into one, whose weights are a linear combination of theirs (LaCo).
+
+    The layer that comes of it takes the settings (attention type, ...) of layer `start`. A merge of merges is one
+    combination of original layers again, so that a plan is always told in terms of the original.
+    """
+
+    kind: Literal["merge"] = "merge"
+    start: NonNegativeInt
+    stop: PositiveInt
+    weights: tuple[float, ...] = Field(
+        description="factor of each layer of the span in every weight but those of norms"
+    )
+    norms: tuple[float, ...] = Field(description="factor of each layer of the span in the weights of norms")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Merge":
+        size = self.stop - self.start
+        for name, factors in (("weights", self.weights), ("norms", self.norms)):
+            if len(factors) != size:
+                raise ValueError(f"{name}: a merge of {size} layers needs {size} factors, got {len(factors)}")
+            if not all(math.isfinite(factor) for factor in factors):
+                raise ValueError(f"{name} must be finite numbers, got {factors}")
+        if size == 1:
+            raise ValueError(f"merge [{self.start}, {self.stop}) holds one layer; a merge needs at least two")
+        return self
+
+    @property
+    def templates(self) -> tuple[int, ...]:
+        """The first layer lends its settings."""
+        return (self.start,)
+
+
+Edit = Annotated[Remove | Replace | Merge, Field(discriminator="kind")]
 
 
 def templates_for(network: Network, start: int, stop: int) -> tuple[int, ...]:
@@ -225,9 +259,12 @@ class Plan(FrozenModel):
         parts = []
         for edit in self.edits:
             size = edit.stop - edit.start
-            text = f"remove {size} of {self.model.num_layers} layers [{edit.start}, {edit.stop})"
+            verb = "merge" if isinstance(edit, Merge) else "remove"
+            text = f"{verb} {size} of {self.model.num_layers} layers [{edit.start}, {edit.stop})"
             if isinstance(edit, Replace):
                 text += f" and put {_network_name(edit.network)} in their place"
+            elif isinstance(edit, Merge):
+                text += " into one"
             parts.append(text)
         return f"{'; '.join(parts) or 'change nothing'}: {self.model.num_layers} -> {self.num_layers_after} layers"
 

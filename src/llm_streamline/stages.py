@@ -40,6 +40,20 @@ from llm_streamline.training.trainer import train_student
 log = get_logger()
 
 
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with what its method brings: the network that belongs to it, unless the user names one.
+
+    Raises:
+        MethodNotFoundError: if there is no such method.
+    """
+    own = find_method(recipe.selection.method).replacement
+    if not own or recipe.selection.span or "kind" in recipe.replacement.model_fields_set:
+        return recipe
+    given = recipe.replacement.model_dump(include=recipe.replacement.model_fields_set)
+    replacement = parse(type(recipe.replacement), {**own, **given}, f"replacement of method {recipe.selection.method}")
+    return recipe.model_copy(update={"replacement": replacement})
+
+
 def check_early(source: ModelSource, recipe: Recipe, *, with_text: bool = True) -> None:
     """Refuse, from the model's configuration alone, what would fail after hours.
 
@@ -87,8 +101,10 @@ def check_wishes(loaded: LoadedModel, recipe: Recipe) -> None:
         span = recipe.selection.span
         _check_span(recipe, facts.num_layers)
     else:
-        size, _, config = _method_wishes(loaded, recipe)
+        size, found, config = _method_wishes(loaded, recipe)
         config.check_fits(facts.num_layers)
+        if found.check:
+            found.check(loaded.model, config)
         first = 1 if network and network.kind == "linear" else 0  # folded into the layer before
         span = (first, min(first + size.num_removed, facts.num_layers))
     if network:  # built once for any span, to hear now whether this architecture can hold it

@@ -15,10 +15,11 @@ from llm_streamline.arch import ArchSpec, find_arch
 from llm_streamline.blueprint import build_blueprint, compare_layers, plain_settings
 from llm_streamline.errors import ArchitectureError, PlanError
 from llm_streamline.layer_config import LIST_KEYS, check_sources, edited_config, text_config
+from llm_streamline.merging import merged_layers
 
 
 def apply_plan(model: PreTrainedModel, plan) -> list[int]:
-    """Give `model`, in place, the layers that `plan` asks for; their weights stay the original's.
+    """Give `model`, in place, the layers that `plan` asks for; their weights stay the original's, or are merged ones.
 
     Where a replacement stands, the layer its start is copied from stands in for it: a deep copy, ready to be trained or
     overwritten.
@@ -41,7 +42,11 @@ def apply_plan(model: PreTrainedModel, plan) -> list[int]:
             "make a plan for this model"
         )
     sources = list(plan.layer_sources())
+    merged = merged_layers(model, plan)  # before the cut, while all their layers are there
     keep_layers(model, sources)
+    layers = model.get_submodule(arch.layers)
+    for place, layer in merged.items():
+        layers[place].load_state_dict(layer.state_dict())
     return sources
 
 

@@ -127,7 +127,7 @@ def test_a_model_that_llama_cpp_takes_for_another_is_refused(tmp_path):
 
 def test_refusals(tmp_path):
     source = write(tmp_path / "in.gguf")
-    with pytest.raises(PlanError, match=r"in place of \[1, 3\).*export --gguf"):
+    with pytest.raises(PlanError, match=r"new weights for \[1, 3\).*export --gguf"):
         cut_gguf(source, tmp_path / "out.gguf", replacing(6, 1, 3))
     with pytest.raises(PlanError, match=r"block_count 7.*has block_count 6"):
         cut_gguf(source, tmp_path / "out.gguf", removing(7, (1, 2)))

@@ -67,7 +67,7 @@ def cut_gguf(source: str | Path, out_file: str | Path, plan: "Plan", *, overwrit
     replaced = [edit for edit in plan.edits if edit.kind != "remove"]
     if replaced:
         raise PlanError(
-            f"the plan puts a network in place of [{replaced[0].start}, {replaced[0].stop}), and a GGUF file can only "
+            f"the plan makes new weights for [{replaced[0].start}, {replaced[0].stop}), and a GGUF file can only "
             "lose layers here: train it with `compress` on the same file, then `export --gguf` the result"
         )
     read_gguf_header(source)

@@ -27,7 +27,7 @@ def to_slices(plan: Plan, *, model: str | None = None, dtype: str = "bfloat16") 
     replaced = [edit for edit in plan.edits if edit.kind != "remove"]
     if replaced:
         raise PlanError(
-            f"the plan puts a network in place of [{replaced[0].start}, {replaced[0].stop}), which mergekit's slices "
+            f"the plan makes new weights for [{replaced[0].start}, {replaced[0].stop}), which mergekit's slices "
             "cannot say: they copy layers of existing models. Hand over the trained folder instead"
         )
     name = model or plan.model.spec

@@ -62,8 +62,8 @@ def stream_plan(
     replaced = [edit for edit in plan.edits if edit.kind != "remove"]
     if replaced:
         raise PlanError(
-            f"the plan puts a network in place of [{replaced[0].start}, {replaced[0].stop}), which must be trained: "
-            "use `train`; only removing layers works without loading the model"
+            f"the plan makes new weights for [{replaced[0].start}, {replaced[0].stop}), which must be trained or made: "
+            "use `train` or `apply`; only removing layers works without loading it"
         )
     folder = model_folder(source)
     weights = read_weights(folder)

@@ -14,6 +14,7 @@ from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import edited_config
 from llm_streamline.logs import progress_bar
 from llm_streamline.measure.cost import Cost
+from llm_streamline.measure.edited import plan_patches
 from llm_streamline.measure.files import Statistics
 from llm_streamline.measure.gradients import magnitudes, taylor
 from llm_streamline.measure.losses import token_losses
@@ -124,8 +125,7 @@ class Probe:
         return self.cost.passes(self.facts.num_layers, self.calibration.num_tokens)
 
     def _variant(self, plan: Plan) -> Variant:
-        dtype = self.model.dtype
-        patches = {position: m.to(dtype) for r in self.start(plan) for position, m in r.patches().items()}
+        patches = plan_patches(self.model, plan, self.start(plan), self.model.dtype)
         return Variant(plan.layer_sources(), patches)
 
 

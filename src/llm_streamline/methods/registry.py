@@ -6,9 +6,11 @@ A method is a function (probe, config) -> Plan. It never loads data, moves the m
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import nn
 
 from llm_streamline import methods
 from llm_streamline.errors import MethodNotFoundError, PlanError
@@ -46,15 +48,31 @@ class Method:
     summary: str
     config: type[MethodConfig]
     run: Callable[[Probe, MethodConfig], Plan]
+    replacement: dict[str, Any] = field(default_factory=dict)  # recipe keys that hold unless the user says otherwise
+    check: Callable[[nn.Module, MethodConfig], None] | None = None  # refuses a model before anything is measured
 
 
-def method(*, paper: str, config: type[MethodConfig]) -> Callable:
-    """Mark a function as the method of its file."""
+def method(
+    *,
+    paper: str,
+    config: type[MethodConfig],
+    replacement: dict[str, Any] | None = None,
+    check: Callable[[nn.Module, MethodConfig], None] | None = None,
+) -> Callable:
+    """Mark a function as the method of its file.
+
+    Args:
+        paper: its arXiv number.
+        config: its options.
+        replacement: keys of the recipe's `replacement` that belong to the method, such as {"kind": "none"}; they hold
+            where the recipe does not name a kind.
+        check: called with model and options before anything is measured; raises what the method cannot do.
+    """
 
     def mark(function: Callable[[Probe, MethodConfig], Plan]) -> Callable[[Probe, MethodConfig], Plan]:
         name = function.__module__.rpartition(".")[2]
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        function.method = Method(name, paper, summary, config, function)
+        function.method = Method(name, paper, summary, config, function, replacement or {}, check)
         return function
 
     return mark

@@ -19,7 +19,7 @@ class ShortgptConfig(MethodConfig):
         return self
 
 
-@method(paper="arXiv:2403.03853", config=ShortgptConfig)
+@method(paper="arXiv:2403.03853", config=ShortgptConfig, replacement={"kind": "none"})
 def shortgpt(probe: Probe, config: ShortgptConfig) -> Plan:
     """Single layers with the lowest Block Influence, one shot; nothing is put in their place."""
     statistics = probe.statistics()

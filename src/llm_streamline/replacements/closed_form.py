@@ -16,7 +16,8 @@ from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import text_config
 from llm_streamline.logs import progress_bar
-from llm_streamline.measure.partial import ResumedModel, run_tapped
+from llm_streamline.measure.edited import edited_view
+from llm_streamline.measure.partial import run_tapped
 from llm_streamline.measure.stream import batches
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
@@ -97,9 +98,8 @@ def solve_output_projection(
     num_outputs, num_inputs = reversed(projection.weight.shape) if transposed else projection.weight.shape
     device = projection.weight.device
     moments = Moments(num_inputs + has_bias, num_outputs, device)
-    patches = {position: module for r in replacements for position, module in r.patches().items()}
-    resume_at = min(r.resume_at for r in replacements)
-    resumed = ResumedModel(model, plan.layer_sources(), resume_at, patches)
+    resumed = edited_view(model, plan, replacements)
+    resume_at = resumed.at
     seen: dict[str, Tensor] = {}
 
     def keep(_module: nn.Module, args: tuple, output: Any) -> None:

@@ -10,7 +10,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llm_streamline.output import write_text
-from llm_streamline.plan import Replace
+from llm_streamline.plan import Merge, Replace
 from llm_streamline.report import words
 from llm_streamline.report.figures import Figure, figures
 from llm_streamline.report.pair import Pair
@@ -226,6 +226,9 @@ def _stand_ins(run: Run) -> list[str]:
             start = run.plan.position_of(edit)
             place = words.layers(start, start + len(edit.templates)) if edit.templates else "the layer before"
             lines.append(f"{gone} became {network_words(edit)} ({place} of this model, start: {edit.network.init})")
+        elif isinstance(edit, Merge):
+            start = run.plan.position_of(edit)
+            lines.append(f"{gone} were merged into one ({words.layers(start, start + 1)} of this model)")
         else:
             lines.append(f"{gone} left without a replacement")
     return [line[0].upper() + line[1:] + "." for line in lines]

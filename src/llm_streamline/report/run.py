@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llm_streamline.errors import StreamlineError
 from llm_streamline.evaluation.result import Results
-from llm_streamline.plan import Plan, Replace
+from llm_streamline.plan import Merge, Plan, Replace
 from llm_streamline.report import words
 from llm_streamline.report.figures import size_change
 from llm_streamline.report.heatmap import Span, read_similarity
@@ -229,6 +229,8 @@ def _edit_words(edit: Any, name: str, total: int, first: bool) -> str:
     verb = "was" if number == 1 else "were"
     if isinstance(edit, Replace):
         return f"{subject} {verb} replaced by {network_words(edit)}"
+    if isinstance(edit, Merge):
+        return f"{subject} {verb} merged into one"
     return f"{subject} {verb} removed"
 
 
@@ -244,7 +246,9 @@ def _many_edits(run: Run, total: int) -> str:
     gone = sum(stop - start for start, stop in run.spans)
     replaced = sum(isinstance(edit, Replace) for edit in run.plan.edits)
     text = f"{gone} of the {total} layers of {run.base_name} were removed in {len(run.spans)} places"
-    return f"{text}, {replaced} of them filled by a network" if replaced else text
+    text += f", {replaced} of them filled by a network" if replaced else ""
+    merged = sum(isinstance(edit, Merge) for edit in run.plan.edits)
+    return f"{text}, {merged} of them by merging them into one" if merged else text
 
 
 def _training_words(run: Run) -> str:

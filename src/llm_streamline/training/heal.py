@@ -15,6 +15,7 @@ from llm_streamline.arch import find_arch, get_layers
 from llm_streamline.config import TrainingConfig
 from llm_streamline.errors import ArchitectureError, ConfigError, MissingExtraError
 from llm_streamline.layer_config import text_config
+from llm_streamline.measure.edited import plan_patches
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.surgery import shallow_copy
@@ -187,7 +188,7 @@ def untie_head(model: nn.Module) -> None:
 
 def _edited_layers(model: nn.Module, plan: Plan, replacements: list[Replacement]) -> list[nn.Module]:
     """The layers of the edited model, as they stand while the replacements are trained."""
-    patched = {position: module for r in replacements for position, module in r.patches().items()}
+    patched = plan_patches(model, plan, replacements)
     layers = get_layers(model)
     return [patched.get(position, layers[source]) for position, source in enumerate(plan.layer_sources())]
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from llm_streamline.arch import get_layers
 from llm_streamline.config import TrainingConfig
 from llm_streamline.errors import ConfigError
+from llm_streamline.measure.edited import plan_patches
 from llm_streamline.measure.losses import token_losses
 from llm_streamline.measure.partial import ResumedModel, run_tapped
 from llm_streamline.plan import Plan
@@ -45,9 +46,9 @@ class Student(nn.Module):
         self._model = (model,)
         self._config = config
         sources = plan.layer_sources()
-        patches = {position: module for r in replacements for position, module in r.patches().items()}
+        patches = plan_patches(model, plan, replacements)
         patches |= healed.patches if healed else {}
-        unchanged = next((i for i, source in enumerate(sources) if i != source), len(sources))
+        unchanged = min([len(sources), *(edit.start for edit in plan.edits)])
         self.resume_at = min([unchanged, *(r.resume_at for r in replacements), *([healed.resume_at] if healed else ())])
         if config.gradient_checkpointing:
             layers = get_layers(model)
