@@ -119,7 +119,7 @@ def test_version_and_methods(monkeypatch, capfd):
     code, out, err = call(monkeypatch, capfd, "methods", "--json")
     assert [method["name"] for method in json.loads(out)] == method_names()
     assert err == ""
-    assert call(monkeypatch, capfd, "methods")[1].startswith("shortgpt")
+    assert "\nshortgpt" in call(monkeypatch, capfd, "methods")[1]
 
 
 def test_no_command_and_an_unknown_one_are_usage_errors(monkeypatch, capfd):
