@@ -1,16 +1,18 @@
 """The command line: parse, call one library function, print. The answer goes to stdout, progress to stderr.
 
-Exit codes: 0 done; 1 the run or a check failed; 2 the input was refused. Heavy imports are inside the commands, so that
+Exit codes: 0 done; 1 the run or a check failed; 2 the input was refused; 130 and 143 it was told to stop by SIGINT or
+SIGTERM, and goes on when the same command is given again. Heavy imports are inside the commands, so that
 `--help` answers at once.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llm_streamline import logs, terminal
+from llm_streamline import interrupt, logs, terminal
 from llm_streamline import options as o
 from llm_streamline.errors import StreamlineError
 from llm_streamline.version import __version__
@@ -453,13 +455,15 @@ def main() -> None:
     loudness = [word for word in sys.argv[1:] if word in _LOUDNESS]
     others = [word for word in sys.argv[1:] if word not in _LOUDNESS]
     try:
-        app(args=[*loudness, *others], standalone_mode=True)  # -q and -v are understood wherever they stand
+        with interrupt.watched():
+            app(args=[*loudness, *others], standalone_mode=True)  # -q and -v are understood wherever they stand
     except StreamlineError as problem:
         print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one was", file=sys.stderr)
-        sys.exit(130)
+    except interrupt.Stopped as stopped:
+        again = shlex.join(word for word in sys.argv[1:] if word != "--fresh")
+        print(f"stopped by {stopped.name}; to go on: llm-streamline {again}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ class NumericsError(StreamlineError):
     """Not-a-number or infinite values where finite ones are needed; the message names the place."""
 
 
+class OutOfMemoryError(StreamlineError):
+    """There is not memory enough, and nothing left that could be made smaller."""
+
+
 class OutputError(StreamlineError):
     """A result cannot be written: the folder is not ours, not writable, or the disk is full."""
 

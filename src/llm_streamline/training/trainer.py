@@ -1,31 +1,31 @@
-"""The loop: one transformers.Trainer subclass, and the callbacks that keep its best state and its log.
+"""The loop: one transformers.Trainer subclass, stopped and resumed without a trace, and halved when memory ends.
 
 Accumulation, schedules, clipping, checkpoints, resume, trackers and distributed engines are the Trainer's. Ours are the
-optimiser's groups (no weight decay on norms and biases), a validation in the objective and in LM loss, and the best
-state, kept as a deep copy with the untrained start as a candidate.
+optimiser's groups (no weight decay on norms and biases), a validation in the objective and in LM loss, the best state,
+kept as a deep copy with the untrained start as a candidate, and checkpoints that can be trusted.
 """
 
-import json
-import shutil
-import time
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from llm_streamline import interrupt
 from llm_streamline.config import TrainingConfig
 from llm_streamline.data.windows import Windows
-from llm_streamline.errors import ConfigError, NumericsError
-from llm_streamline.logs import Bar, get_logger, progress_bar
+from llm_streamline.errors import ConfigError, NumericsError, OutOfMemoryError, OutputError
+from llm_streamline.files import remove, saving
+from llm_streamline.logs import get_logger, progress_bar
+from llm_streamline.memory_limits import BatchTooLarge, free_memory, no_room_for
+from llm_streamline.training.checkpoints import Safety, is_sound, keep_newest, last_checkpoint, seal, step_of
+from llm_streamline.training.history import History
 from llm_streamline.training.student import Student
 
-_STATE_FILE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint without it is half-written
-_BEST_FILE = "best.safetensors"
 log = get_logger()
 
 
@@ -47,6 +47,10 @@ class WindowDataset(Dataset):
 
 class StreamlineTrainer(Trainer):
     """Trains what a `Student` holds: replacement networks, healed weights, or both."""
+
+    def __init__(self, history: History | None = None, **settings: Any):
+        self.history, self.safety = history, Safety(self)
+        super().__init__(callbacks=[*([history] if history else ()), self.safety], **settings)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's own, with a learning rate apart for weights that the original has already learned."""
@@ -72,7 +76,8 @@ class StreamlineTrainer(Trainer):
         Raises:
             NumericsError: if it is not finite: going on would only spread it.
         """
-        outputs = model(**inputs)
+        with self._may_stop():
+            outputs = model(**inputs)
         loss = outputs["loss"]
         if not torch.isfinite(loss):
             raise NumericsError(
@@ -92,7 +97,8 @@ class StreamlineTrainer(Trainer):
         sums, count = {"loss": 0.0, "lm_loss": 0.0}, 0
         for batch in self.get_eval_dataloader():
             ids = self._prepare_inputs(batch)["input_ids"]
-            found = student(ids, with_token_losses=True)
+            with self._may_stop(), no_room_for(len(ids)):
+                found = student(ids, with_token_losses=True)
             sums["loss"] += float(found["loss"]) * len(ids)
             sums["lm_loss"] += float(found["token_losses"].double().mean()) * len(ids)
             count += len(ids)
@@ -101,125 +107,48 @@ class StreamlineTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one micro-batch.
 
-class History(TrainerCallback):
-    """Writes the training log, keeps the best state, stops when training hurts, moves the bar.
+        Raises:
+            BatchTooLarge: there is not memory enough for it; no weight was changed.
+        """
+        with no_room_for(len(inputs["input_ids"])):
+            return super().training_step(model, inputs, *args, **kwargs)
 
-    The best state is the one with the lowest LM loss on validation text, the untrained start (step 0) included: a
-    replacement that training made worse is never handed over.
-    """
+    def _may_stop(self) -> contextlib.AbstractContextManager:
+        """Several processes stop together, at the end of a step; one alone stops at once."""
+        return interrupt.allowed() if self.args.world_size == 1 else contextlib.nullcontext()
 
-    def __init__(self, student: Student, folder: Path, tokens_per_step: int, patience: int, bar: Bar):
-        self._student, self._folder, self._patience, self._bar = student, folder, patience, bar
-        self._tokens_per_step = tokens_per_step
-        self._file = folder / "history.json"
-        self._started, self._before = time.perf_counter(), 0.0
-        self.steps: list[dict[str, float]] = []
-        self.validation: list[dict[str, float]] = []
-        self.best: dict[str, Tensor] | None = None
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint that counts only when all of it is on the disk.
 
-    def load(self, step: int) -> None:
-        """Take up the log and best state of an earlier process, up to the checkpoint at `step`."""
-        data = json.loads(self._file.read_text(encoding="utf-8"))
-        self.steps = [row for row in data["steps"] if row["step"] <= step]
-        self.validation = [row for row in data["validation"] if row["step"] <= step]
-        self._before = data["seconds"]
-        self.best = load_file(self._folder / _BEST_FILE)
-
-    @property
-    def best_step(self) -> int:
-        """Step of the lowest validation LM loss."""
-        return int(min(self.validation, key=lambda row: row["lm_loss"])["step"])
-
-    @property
-    def gives_up(self) -> bool:
-        """Whether so many validations went by without gain that training ends."""
-        since_best = sum(row["step"] > self.best_step for row in self.validation)
-        return bool(self._patience) and since_best >= self._patience
-
-    @property
-    def seconds(self) -> float:
-        """Wall time over all processes that worked on this run."""
-        return self._before + time.perf_counter() - self._started
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar."""
-        rate = state.global_step * self._tokens_per_step / max(self.seconds, 1e-9)
-        loss = f" loss {self.steps[-1]['loss']:.4f}" if self.steps else ""
-        self._bar.advance()
-        self._bar.note(f"{rate:,.0f} tokens/s{loss}")
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
-    ) -> None:
-        """Keep the training loss and the learning rate."""
-        if logs and "loss" in logs:
-            step = state.global_step
-            self.steps.append(
-                {
-                    "step": step,
-                    "tokens": step * self._tokens_per_step,
-                    "loss": float(logs["loss"]),
-                    "lr": float(logs["learning_rate"]),
-                    "grad_norm": float(logs.get("grad_norm", float("nan"))),
-                    "seconds": round(self.seconds, 3),
-                }
-            )
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **_: Any
-    ) -> None:
-        """Keep the state when it is the best so far; stop after `patience` validations without gain."""
-        step, value = state.global_step, metrics["eval_lm_loss"]
-        if any(row["step"] == step for row in self.validation):
-            return  # a resumed run validates its checkpoint's step once more
-        best_before = min((row["lm_loss"] for row in self.validation), default=float("inf"))
-        tokens = step * self._tokens_per_step
-        self.validation.append({"step": step, "tokens": tokens, "loss": metrics["eval_loss"], "lm_loss": value})
-        log.info("step %d: validation loss %.4f, LM loss %.4f", step, metrics["eval_loss"], value)
-        if value < best_before:
-            # a deep copy: references to live tensors would follow the training (specifications D6)
-            self.best = {name: p.detach().cpu().clone() for name, p in self._student.state_dict().items()}
-            self._write_best()
-        if self.gives_up:
-            log.info(
-                "no gain in %d validations: training stops, the state of step %d is kept",
-                self._patience,
-                self.best_step,
-            )
-            control.should_training_stop = True
-        self.write()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the log with each checkpoint."""
-        self.write()
-
-    def _write_best(self) -> None:
-        temporary = self._folder / (_BEST_FILE + ".tmp")
-        save_file(self.best, temporary)
-        temporary.replace(self._folder / _BEST_FILE)
-
-    def write(self) -> None:
-        """Write the log so far, atomically."""
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.to_dict()), encoding="utf-8")
-        temporary.replace(self._file)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The log, as it goes into training.json."""
-        return {"steps": self.steps, "validation": self.validation, "seconds": round(self.seconds, 3)}
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; half-written ones, left by a killed run, are deleted."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
+        Raises:
+            OutputError: the disk is full; what was written of it is removed, the one before stays.
+        """
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
-            whole.append((int(path.name.rpartition("-")[2]), path))
-        except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None
+            with saving(folder):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes a file of its own
+            if self.args.should_save:
+                if self.history is not None:
+                    self.history.save(folder, self.safety.running_loss())
+                seal(folder)
+                keep_newest(folder.parent)
+        except OutputError:
+            if self.args.should_save:
+                with contextlib.suppress(OSError):
+                    remove(folder)
+            raise
+        self.safety.timing.saved()
+
+    def save_last_step(self) -> None:
+        """Write a checkpoint of the last finished step, in the middle of the next one."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step and not is_sound(folder):
+            self._save_checkpoint(self.model, None)
+            log.info("checkpoint written at step %d", self.state.global_step)
 
 
 def train_student(
@@ -227,19 +156,58 @@ def train_student(
 ) -> dict[str, Any]:
     """Train, keep the best state in the student, and return the log.
 
+    When memory ends, training goes on from its last step with half as many windows at once, accumulated twice as often:
+    the same optimiser steps but for rounding.
+
     Args:
         student: the replacements and what they are trained in.
         config: budget, objective, optimiser.
         windows: training windows; repeated when fewer than the budget asks for.
         validation: windows whose LM loss decides which state is kept.
-        folder: checkpoints and log; a run that was killed goes on from what it finds here.
+        folder: checkpoints; a run that was killed goes on from what it finds here.
         seed: order of the windows.
 
     Raises:
         ConfigError: if `config.arguments` holds something that TrainingArguments does not know.
         NumericsError: if the loss stops being finite.
+        OutOfMemoryError: if not even one window fits.
+        OutputError: if a checkpoint cannot be written.
+        Stopped: if the run was told to stop; the last finished step is saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            with interrupt.held_back():
+                return _train(student, config, windows, validation, folder, seed)
+        except BatchTooLarge as problem:
+            config = _with_smaller_batch(config, str(problem))
+        free_memory()
+
+
+def _with_smaller_batch(config: TrainingConfig, problem: str) -> TrainingConfig:
+    """Fewer windows at once, the same windows in an optimiser step."""
+    size, times = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), None)
+    if smaller is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise OutOfMemoryError(
+            f"out of memory in training ({problem}); "
+            + ("lower training.per_device_train_batch_size, " if smaller else "shorten text.seq_len, ")
+            + "train with the objective mse, which runs fewer layers, or use a machine with more memory"
+        )
+    log.warning(
+        "out of memory with %s; going on with %d windows at once, accumulated %d times",
+        problem,
+        smaller,
+        times * size // smaller,
+    )
+    return config.model_copy(
+        update={"per_device_train_batch_size": smaller, "gradient_accumulation_steps": times * size // smaller}
+    )
+
+
+def _train(
+    student: Student, config: TrainingConfig, windows: Windows, validation: Windows, folder: Path, seed: int
+) -> dict[str, Any]:
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     seq_len = windows.input_ids.shape[1]
     num_steps = max(1, config.tokens // (seq_len * batch))
@@ -247,14 +215,14 @@ def train_student(
     arguments = training_arguments(config, num_steps, eval_every, folder, seed, student_device(student))
     rows = max(1, min(len(validation), config.validation_tokens // validation.input_ids.shape[1]))
     with progress_bar("training", num_steps) as bar:
-        history = History(student, folder, seq_len * batch, config.early_stopping_patience, bar)
+        history = History(student, seq_len * batch, config.early_stopping_patience, bar)
         trainer = StreamlineTrainer(
+            history,
             model=student,
             args=arguments,
             train_dataset=WindowDataset(windows, num_steps * batch),
             eval_dataset=WindowDataset(validation, rows),
             data_collator=lambda items: {"input_ids": torch.stack([item["input_ids"] for item in items])},
-            callbacks=[history],
         )
         for callback in _unwanted_callbacks(trainer):
             trainer.remove_callback(callback)
@@ -262,17 +230,24 @@ def train_student(
         if checkpoint is None:
             trainer.evaluate()  # step 0 is a candidate
         else:
-            step = int(checkpoint.name.rpartition("-")[2])
+            step = step_of(checkpoint)
             log.info("going on from the checkpoint at step %d of %d", step, num_steps)
-            history.load(step)
+            trainer.safety.resumed_loss = history.load(checkpoint)
             bar.advance(step)
-        if checkpoint and history.gives_up:  # it was killed when it had stopped early
             trainer.state.global_step = step
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if history.validation[-1]["step"] != trainer.state.global_step:
+            if config.num_evals and step % eval_every == 0 and not history.has_validated(step):
+                trainer._load_from_checkpoint(str(checkpoint))  # it was stopped between the step and its validation
+                trainer.evaluate()
+        if not (checkpoint and history.gives_up):  # else it was killed when it had stopped early
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except (interrupt.Stopped, BatchTooLarge):
+                trainer.save_last_step()
+                raise
+        with interrupt.allowed():  # a stop that was asked for at the end of the last step
+            pass
+        if not history.has_validated(trainer.state.global_step):
             trainer.evaluate()
-        history.write()
     student.load_state_dict(history.best)
     done = history.to_dict()
     tokens = trainer.state.global_step * seq_len * batch
@@ -284,6 +259,7 @@ def train_student(
         "tokens": tokens,
         "passes": round(trainer.state.global_step * batch / len(windows), 3),
         "tokens_per_second": round(tokens / max(done["seconds"], 1e-9), 1),
+        "windows_at_once": config.per_device_train_batch_size,
         "trainable_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
     }
 
@@ -322,7 +298,7 @@ def training_arguments(
         "eval_steps": eval_every,
         "save_strategy": "steps",
         "save_steps": eval_every,
-        "save_total_limit": 2,
+        "save_total_limit": None,  # `keep_newest` goes by steps, the Trainer by the files' times
         "logging_steps": max(1, num_steps // 200),
         "report_to": "none",
         "disable_tqdm": True,
