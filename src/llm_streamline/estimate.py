@@ -82,23 +82,12 @@ def _training_cost(
     seq_len: int,
     layer_seconds: float,
 ) -> TrainingCost:
-    num_layers, layer_parameters = plan.model.num_layers, size.layer_parameters / plan.model.num_layers
+    layer_parameters = size.layer_parameters / plan.model.num_layers
     head = model.get_output_embeddings().weight.numel() / layer_parameters
-    edits = [edit for edit in plan.edits if isinstance(edit, Replace)]
     start, trained, trains_head = _reach(plan, training)
-    last_stop = max((edit.stop for edit in edits), default=start)
     above = plan.num_layers_after - start - trained
-    needs_logits = bool({"lm", "kl"} & training.objective.keys())
-    runs_on = needs_logits or "hidden" in training.objective
-    teacher = num_layers + head if "kl" in training.objective else last_stop if "mse" in training.objective else start
-    teacher = max(teacher, num_layers if "hidden" in training.objective else 0)
-    forward = trained + (above if runs_on else 0) + (head if needs_logits else 0)
-    backward = forward + trained + (head if needs_logits and trains_head else 0)
-    per_token = teacher + forward + backward
-    validations = training.num_evals + 1
-    validation_tokens = validations * training.validation_tokens
-    per_validation_token = teacher + forward + start + trained + above + head
-    units = training.tokens * per_token + validation_tokens * per_validation_token
+    needs_logits, runs_on = _looks_at(training)
+    units = _training_units(plan, training, head, training.tokens)
     parameters = round((trained + (head if trains_head else 0)) * layer_parameters)
     batch_tokens = training.per_device_train_batch_size * seq_len
     element = torch.finfo(model.dtype).bits // 8
@@ -114,6 +103,46 @@ def _training_cost(
         seconds=units * layer_seconds,
         peak_memory_bytes=round(memory),
     )
+
+
+def training_forward_tokens(model: nn.Module, plan: Plan, training: TrainingConfig, tokens: int) -> float:
+    """What a training costs, as the number of tokens that the original could have read with the same arithmetic.
+
+    Args:
+        model: the original.
+        plan: what was done.
+        training: objective, what was trained, validations.
+        tokens: training tokens seen.
+    """
+    layers = get_layers(model)
+    layer_parameters = sum(p.numel() for layer in layers for p in layer.parameters()) / len(layers)
+    head = model.get_output_embeddings().weight.numel() / layer_parameters
+    return _training_units(plan, training, head, tokens) / (len(layers) + head)
+
+
+def _training_units(plan: Plan, training: TrainingConfig, head: float, tokens: int) -> float:
+    """Cost of a training in forwards of one layer over one token; `head` is the head's cost in the same unit."""
+    num_layers = plan.model.num_layers
+    start, trained, trains_head = _reach(plan, training)
+    stops = [edit.stop for edit in plan.edits if isinstance(edit, Replace)]
+    above = plan.num_layers_after - start - trained
+    needs_logits, runs_on = _looks_at(training)
+    teacher = num_layers + head if "kl" in training.objective else start
+    if "hidden" in training.objective:
+        teacher = max(teacher, num_layers)
+    if "mse" in training.objective:
+        teacher = max(teacher, *stops, start)
+    forward = trained + (above if runs_on else 0) + (head if needs_logits else 0)
+    backward = forward + trained + (head if needs_logits and trains_head else 0)
+    validation_tokens = (training.num_evals + 1) * training.validation_tokens
+    per_validation_token = teacher + forward + start + trained + above + head
+    return tokens * (teacher + forward + backward) + validation_tokens * per_validation_token
+
+
+def _looks_at(training: TrainingConfig) -> tuple[bool, bool]:
+    """Whether the objective looks at predictions, and whether at states above what is trained."""
+    needs_logits = bool({"lm", "kl"} & training.objective.keys())
+    return needs_logits, needs_logits or "hidden" in training.objective
 
 
 def _reach(plan: Plan, training: TrainingConfig) -> tuple[int, float, bool]:

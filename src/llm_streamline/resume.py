@@ -17,7 +17,7 @@ from llm_streamline.errors import MissingExtraError, TextError
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
 from llm_streamline.evaluation.material import gather
-from llm_streamline.evaluation.result import Results
+from llm_streamline.evaluation.result import HELD_OUT, Results
 from llm_streamline.ledger import Ledger, key_of
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics
@@ -32,7 +32,6 @@ from llm_streamline.run_folder import command_line
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 
 STAGES = ("text", "measure", "plan", "train", "save", "evaluate")  # of `compress`, in their order
-HELD_OUT = "held-out text"  # name of the run's own evaluation windows in its results
 WORK_FOLDER = "work"  # tokens and checkpoints: needed to go on after a kill, not part of the result
 log = get_logger()
 

@@ -15,6 +15,7 @@ from llm_streamline.data.prepare import WindowNeed, prepare_windows
 from llm_streamline.data.text import open_text
 from llm_streamline.data.windows import Windows, check_disjoint
 from llm_streamline.errors import ConfigError, PlanError
+from llm_streamline.estimate import training_forward_tokens
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics, StatsInfo
 from llm_streamline.measure.partial import run_tapped
@@ -298,6 +299,7 @@ def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Wi
         history |= train_student(
             student, training, windows["train"], windows["validation"], folder / "checkpoints", recipe.seed
         )
+        history["forward_tokens"] = training_forward_tokens(loaded.model, plan, training, history["tokens"])
     return Trained(replacements, healed, history)
 
 

@@ -88,3 +88,17 @@ def show_outcome(outcome: Any, as_json: bool) -> None:
     print(f"checkpoint: {outcome.out}")
     if outcome.report:
         print(f"report:     {outcome.report}")
+
+
+def show_leaderboard(data: dict[str, Any], records: list[Any], as_json: bool) -> None:
+    """Print how the runs of a call ended, the default that the rule picks for each budget, and where the page is."""
+    if as_json:
+        print_json({**data, "runs": [record.model_dump(mode="json") for record in records]})
+        return
+    for record in records:
+        print(f"{record.status:8} {record.label}" + (f"  {record.reason}" if record.reason else ""))
+    done, waiting = len(data["rows"]), len(data["not_finished"])
+    print(f"{done} rows; {waiting} runs refused, failed or still to be done")
+    for tokens, choice in data["default"].items():
+        print(f"{int(tokens):,} training tokens: {choice.get('reason') or choice['none']}")
+    print(f"page: {data['page']}")

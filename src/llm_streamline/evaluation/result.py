@@ -16,6 +16,7 @@ from llm_streamline.errors import StreamlineError
 from llm_streamline.schema import FrozenModel, parse
 
 SCHEMA_VERSION = 1
+HELD_OUT = "held-out text"  # a run's own evaluation windows: from the source of its training text, never trained on
 
 
 class Record(FrozenModel):

@@ -15,7 +15,7 @@ from llm_streamline.report.svg import Scale
 class Spot:
     """A model in a scatter plot."""
 
-    key: str  # the letter that stands for it in table and plot
+    key: str  # the letter that stands for it in table and plot; several spots may share one
     name: str
     x: float
     y: float
@@ -56,11 +56,11 @@ def scatter(
     across = Scale(*svg.padded([spot.x for spot in spots], 0.1), left, right)
     parts = grid(across, up, left, right, bottom, x_label, y_label, height)
     front = pareto_front([(spot.x, spot.y) for spot in spots], low_x=low_x, low_y=low_y)
-    ahead = {spots[i].key for i in front}
+    ahead = set(front)
     parts.append(svg.polyline([(across(spots[i].x), up(spots[i].y)) for i in front], "front"))
-    for spot in spots:
+    for index, spot in enumerate(spots):
         x, y = across(spot.x), up(spot.y)
-        style = "spot original" if spot.original else "spot front-spot" if spot.key in ahead else "spot"
+        style = "spot original" if spot.original else "spot front-spot" if index in ahead else "spot"
         note = svg.tip(f"{spot.name}: {x_label} {spot.x:.4g}, {y_label} {spot.y:.4g}")
         parts.append(svg.circle(x, y, 11, style, **note))
         parts.append(

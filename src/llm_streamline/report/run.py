@@ -63,6 +63,7 @@ class TrainingLog(_Entry):
     tokens_per_second: float | None = None
     objective: str | dict[str, float] | None = None
     trainable: str = "replacement"
+    forward_tokens: float | None = None  # cost, in tokens that the original could have read with the same arithmetic
     starts: dict[str, float | None] = {}  # held-out loss of each start that was tried
 
     @property

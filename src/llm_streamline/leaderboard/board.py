@@ -1,0 +1,205 @@
+"""The leaderboard's specification: models x methods x budgets, and the runs it stands for. Files to data, no torch.
+
+A method is a recipe with settings laid over it; a budget is a number of layers, of training tokens, and a seed. Every
+combination is one run of `compress`, named by the content of all that it depends on.
+"""
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from llm_streamline.config import Recipe, load_recipe, parse_count
+from llm_streamline.data.spec import parse_spec
+from llm_streamline.errors import ConfigError
+from llm_streamline.schema import FrozenModel, did_you_mean, parse
+from llm_streamline.version import __version__
+
+_FILTER_KEYS = ("method", "model", "layers", "tokens", "seed")
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
+
+
+class Entrant(FrozenModel):
+    """One method, as it takes part. Budgets that it does not name are the board's."""
+
+    name: str = Field(pattern=_NAME, description="how tables and --only call it")
+    recipe: str | None = Field(None, description="recipe file, relative to the specification; none: the default recipe")
+    settings: dict[str, Any] = Field({}, description="recipe keys, dotted, laid over the recipe")
+    layers: tuple[PositiveInt, ...] | None = None
+    tokens: tuple[NonNegativeInt, ...] | None = None
+    seeds: tuple[NonNegativeInt, ...] | None = None
+    note: str = Field("", description="one sentence for the page")
+
+    _read_tokens = field_validator("tokens", mode="before")(lambda value: _counts(value))
+
+
+class Board(FrozenModel):
+    """What is compared."""
+
+    title: str = "Leaderboard"
+    models: dict[str, str] = Field(min_length=1, description="name -> folder, Hub id, .gguf file or `demo`")
+    layers: tuple[PositiveInt, ...] = Field(min_length=1, description="layers fewer in the result")
+    tokens: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="training tokens; 0: no training")
+    seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1)
+    common: dict[str, Any] = Field({}, description="recipe keys, dotted, laid over every recipe")
+    methods: tuple[Entrant, ...] = Field(min_length=1)
+
+    _read_tokens = field_validator("tokens", mode="before")(lambda value: _counts(value))
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _name_models(cls, value: Any) -> Any:
+        return {str(name): str(name) for name in value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "Board":
+        names = [one.name for one in self.methods]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two methods are called '{twice[0]}'; give each a name of its own")
+        return self
+
+
+def _counts(value: Any) -> Any:
+    return tuple(parse_count(one) for one in value) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of the board."""
+
+    model: str
+    source: str
+    method: str
+    layers: int
+    tokens: int
+    seed: int
+    recipe: Recipe
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """How the run is called: model/method/layers/tokens/seed."""
+        return f"{self.model}/{self.method}/{self.layers}/{self.tokens}/{self.seed}"
+
+    def key(self, fingerprint: str) -> str:
+        """16 hexadecimal digits of everything the result depends on: model, recipe, and the files that it names."""
+        files = [_content(path) for path in _files(self.recipe)]
+        return digest(fingerprint, self.recipe.model_dump(mode="json"), self.recipe_yaml(), files)
+
+    def measured_key(self, fingerprint: str) -> str:
+        """The same of what the similarities depend on: runs that have it alike measure them once."""
+        parts = self.recipe.model_dump(mode="json", include={"text", "calibration", "seed", "dtype", "device"})
+        files = [_content(path) for path in _files(self.recipe)]
+        return digest(fingerprint, parts, files)
+
+    def recipe_yaml(self) -> str:
+        """The recipe as it was asked for, without defaults: a method may bring a network where none was named."""
+        return yaml.safe_dump(self.recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+
+
+def digest(*parts: Any) -> str:
+    """16 hexadecimal digits of plain data and our version."""
+    return hashlib.sha256(json.dumps([__version__, *parts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_board(path: str | Path) -> Board:
+    """Read a specification.
+
+    Raises:
+        ConfigError: if the file is missing, no YAML mapping, or a key is unknown or does not fit.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no leaderboard specification at {path}; see benchmarks/leaderboard.yaml") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise ConfigError(f"{path} cannot be read as a specification: {str(problem).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a specification is a mapping of keys to values, got {type(data).__name__}")
+    return parse(Board, data, str(path))
+
+
+def entries_of(board: Board, base: Path, overrides: dict[str, Any] | None = None) -> list[Entry]:
+    """Every run of a board: small budgets first, so that an interrupted board is whole as far as it goes.
+
+    Args:
+        board: the specification.
+        base: folder that recipe files are relative to.
+        overrides: recipe keys laid over everything but the budgets; from the command line.
+
+    Raises:
+        ConfigError: if a recipe cannot be read, or a setting does not fit; the message names the method.
+    """
+    found = []
+    for one in board.methods:
+        recipe = None if one.recipe is None else base / one.recipe
+        for model, source in board.models.items():
+            for layers in one.layers or board.layers:
+                for tokens in board.tokens if one.tokens is None else one.tokens:
+                    for seed in one.seeds or board.seeds:
+                        budget = {"target.layers": layers, "training.tokens": tokens, "seed": seed}
+                        settings = {**board.common, **one.settings, **(overrides or {}), **budget}
+                        try:
+                            wanted = load_recipe(recipe, settings)
+                        except ConfigError as problem:
+                            raise ConfigError(f"method '{one.name}': {problem}") from None
+                        found.append(Entry(model, source, one.name, layers, tokens, seed, wanted, one.note))
+    return sorted(found, key=lambda entry: (entry.tokens, entry.seed))
+
+
+def chosen_entries(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
+    """The entries that all of some filters let through.
+
+    Args:
+        entries: of a board.
+        only: `KEY=VALUE[,VALUE...]` with method, model, layers, tokens or seed, or the name of a method; names may
+            have `*`. Several filters of one key widen it, filters of different keys narrow it.
+
+    Raises:
+        ConfigError: if a key is unknown, or nothing is let through.
+    """
+    wanted: dict[str, list[str]] = {}
+    for term in only:
+        key, equals, values = term.partition("=")
+        key, values = (key.strip(), values) if equals else ("method", term)
+        if key not in _FILTER_KEYS:
+            near = did_you_mean(key, _FILTER_KEYS)
+            raise ConfigError(f"--only {term}: no key '{key}'.{near} Known: {', '.join(_FILTER_KEYS)}")
+        numbers = key in ("layers", "tokens", "seed")
+        for value in values.split(","):
+            try:
+                wanted.setdefault(key, []).append(str(parse_count(value)) if numbers else value.strip())
+            except ValueError as problem:
+                raise ConfigError(f"--only {term}: {problem}") from None
+
+    def passes(entry: Entry) -> bool:
+        return all(any(fnmatch.fnmatch(str(getattr(entry, k)), v) for v in values) for k, values in wanted.items())
+
+    found = [entry for entry in entries if passes(entry)]
+    if not found:
+        known = ", ".join(dict.fromkeys(entry.method for entry in entries))
+        raise ConfigError(f"--only {' '.join(only)} lets no run through; methods of this board: {known}")
+    return found
+
+
+def _files(recipe: Recipe) -> list[str]:
+    """The local files whose content a run depends on."""
+    specs = [*recipe.text.sources, *recipe.evaluation.perplexity]
+    sources = [parse_spec(spec) for spec in specs]
+    names = [one.source for one in sources if one.kind == "files"] + list(recipe.evaluation.tasks)
+    return sorted(path for name in names for path in glob(name) if Path(path).is_file())
+
+
+@cache
+def _content(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

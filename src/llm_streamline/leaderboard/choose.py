@@ -1,0 +1,119 @@
+"""The rule by which the default recipe is chosen, as a function of a leaderboard's rows. See docs/default-recipe.md.
+
+Only development data count: loss on held-out text of the training source. The evaluation texts and tasks, which the
+page shows, are never looked at here.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llm_streamline.errors import StreamlineError
+from llm_streamline.leaderboard.collect import Row
+
+MOST_EXTRA_PARAMETERS = 0.01  # of the smallest result at the same number of layers: norms and biases, no second head
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One method in the ranking."""
+
+    method: str
+    score: float | None  # mean over models and numbers of layers: nats a token above the original
+    stderr: float | None
+    cost: float | None  # mean, in tokens that the original could have read
+    obstacle: str = ""  # why it cannot become the default
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The winner and how it came out."""
+
+    tokens: int
+    winner: str
+    reason: str
+    ranking: tuple[Standing, ...]  # the eligible ones from the best on, then the others
+
+
+def choose_default(rows: Sequence[Row], tokens: int) -> Choice:
+    """Pick the method that becomes the default recipe at one budget of training tokens.
+
+    1. A method stands for election when it has a finished, stock result at every model and number of layers of the
+       board, with the same seeds as the others, at no more parameters than the smallest result there and 1 %.
+    2. Its score is the mean, over models and numbers of layers, of its loss above the original's on development text.
+    3. The lowest score leads. Among those whose score is not more than one standard error of the difference above it,
+       the cheapest in arithmetic wins; the name decides between equals.
+
+    Args:
+        rows: of a board.
+        tokens: training tokens; rows of other budgets are left out.
+
+    Raises:
+        StreamlineError: if no method is eligible.
+    """
+    here = [row for row in rows if row.tokens == tokens]
+    places = sorted({(row.model, row.layers) for row in here})
+    smallest = {place: min(row.parameters for row in here if (row.model, row.layers) == place) for place in places}
+    methods = dict.fromkeys(row.method for row in here)
+    most = max((len(row.seeds) for row in here), default=0)
+    standings = [_standing([r for r in here if r.method == m], m, places, smallest, most) for m in methods]
+    able = sorted((s for s in standings if not s.obstacle), key=lambda s: (s.score, s.method))
+    if not able:
+        found = "; ".join(f"{s.method}: {s.obstacle}" for s in standings) or "there are no finished runs"
+        raise StreamlineError(f"no method can become the default at {tokens:,} training tokens: {found}")
+    leader = able[0]
+    close = [s for s in able if s.score - leader.score <= _stderr_of_difference(s, leader)]
+    winner = min(close, key=lambda s: (math.inf if s.cost is None else s.cost, s.score, s.method))
+    ranking = (*able, *(s for s in standings if s.obstacle))
+    return Choice(tokens, winner.method, _reason(winner, leader, close), ranking)
+
+
+def _standing(
+    rows: list[Row], method: str, places: list[tuple], smallest: dict[tuple, int], most_seeds: int
+) -> Standing:
+    at = {(row.model, row.layers): row for row in rows}
+    obstacle = _obstacle(at, places, smallest, most_seeds)
+    found = [row.development for row in rows if row.development is not None]
+    if not found:
+        return Standing(method, None, None, None, obstacle)
+    score = statistics.mean(one.value for one in found)
+    errors = [one.stderr for one in found]
+    stderr = None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors)
+    costs = [row.forward_tokens for row in rows]
+    return Standing(method, score, stderr, None if None in costs else statistics.mean(costs), obstacle)
+
+
+def _obstacle(at: dict[tuple, Row], places: list[tuple], smallest: dict[tuple, int], most_seeds: int) -> str:
+    for place in places:
+        where = f"{place[1]} layers fewer in {place[0]}"
+        row = at.get(place)
+        if row is None:
+            return f"no finished run at {where}"
+        if row.development is None or not math.isfinite(row.development.value):
+            return f"no finite loss on development text at {where}"
+        if len(row.seeds) < most_seeds:
+            return f"fewer seeds than others at {where}"
+        if row.parameters > smallest[place] * (1 + MOST_EXTRA_PARAMETERS):
+            extra = row.parameters / smallest[place] - 1
+            return f"{100 * extra:.1f} % more parameters than the smallest result at {where}"
+        if not row.stock:
+            return f"the result at {where} needs code of its own"
+    return ""
+
+
+def _stderr_of_difference(one: Standing, other: Standing) -> float:
+    if one is other or one.stderr is None or other.stderr is None:
+        return 0.0
+    return math.hypot(one.stderr, other.stderr)
+
+
+def _reason(winner: Standing, leader: Standing, close: Sequence[Standing]) -> str:
+    if winner is leader:
+        rivals = f"; it is also the cheapest of the {len(close)} within a standard error" if len(close) > 1 else ""
+        score = f"{winner.score:.4f} nats above the original"
+        return f"{winner.method} has the lowest loss on development text, {score}{rivals}"
+    return (
+        f"{winner.method} ({winner.score:.4f} nats above the original) is within a standard error of the lowest, "
+        f"{leader.method} ({leader.score:.4f}), and costs less"
+    )

@@ -1,0 +1,81 @@
+"""One leaderboard from its specification to its page: expand, run what is missing, draw."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llm_streamline.errors import ConfigError
+from llm_streamline.leaderboard.board import chosen_entries, entries_of, load_board
+from llm_streamline.leaderboard.page import draw
+from llm_streamline.leaderboard.records import Record, Shelf
+from llm_streamline.leaderboard.run import Runner, in_process_of_its_own, recorded, run_board
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call did."""
+
+    records: list[Record]  # of the runs that the filters let through
+    data: dict[str, Any]  # what the page shows, as plain data
+
+
+def make_leaderboard(
+    spec: str | Path,
+    out: str | Path,
+    *,
+    overrides: dict[str, Any] | None = None,
+    only: Sequence[str] = (),
+    limit_minutes: float | None = None,
+    retry: bool = False,
+    keep_weights: bool = False,
+    dry_run: bool = False,
+    runner: Runner = in_process_of_its_own,
+) -> Made:
+    """Run what a specification asks for and is not done yet, and draw the page.
+
+    Args:
+        spec: YAML file, see docs/leaderboard.md.
+        out: the leaderboard's folder.
+        overrides: recipe keys laid over every recipe but its budget: text, evaluation.
+        only: filters, see `chosen_entries`; the page shows all runs of the specification all the same.
+        limit_minutes: stop after so many minutes; the next call goes on.
+        retry: also runs that were refused or failed before.
+        keep_weights: leave the checkpoints in OUT/runs.
+        dry_run: list the runs and draw, run nothing.
+        runner: makes one run; by default `compress` in a process of its own.
+
+    Raises:
+        ConfigError: if the specification, a recipe in it, or a filter is wrong.
+        OutputError: if `out` holds something else.
+    """
+    if limit_minutes is not None and limit_minutes <= 0:
+        raise ConfigError(f"--limit-minutes must be more than 0, got {limit_minutes:g}")
+    board = load_board(spec)
+    entries = entries_of(board, Path(spec).parent, overrides)
+    wanted = chosen_entries(entries, only)
+    shelf, fingerprints = Shelf(out), cache(_fingerprint)
+    shelf.open()
+    known = {entry.label: recorded(entry, shelf, fingerprints) for entry in entries}
+    shelf.write_board(board.title, list(known.values()))
+    if dry_run:
+        records = [known[entry.label] for entry in wanted]
+    else:
+        records = run_board(
+            wanted,
+            shelf,
+            fingerprints=fingerprints,
+            runner=runner,
+            limit_seconds=None if limit_minutes is None else 60 * limit_minutes,
+            retry=retry,
+            keep_weights=keep_weights,
+            after_each=lambda: draw(shelf),
+        )
+    return Made(records, draw(shelf))
+
+
+def _fingerprint(source: str) -> str:
+    from llm_streamline.sources import resolve_model  # torch arrives here
+
+    return resolve_model(source).fingerprint

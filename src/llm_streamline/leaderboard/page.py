@@ -1,0 +1,200 @@
+"""The leaderboard's page and its plain data, from rows and records alone. No torch, no model."""
+
+import dataclasses
+import math
+import string
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from markupsafe import Markup
+
+from llm_streamline.errors import StreamlineError
+from llm_streamline.leaderboard.choose import Choice, choose_default
+from llm_streamline.leaderboard.collect import Estimate, Row, rows_of
+from llm_streamline.leaderboard.records import Record, Shelf
+from llm_streamline.output import write_json, write_text
+from llm_streamline.report import words
+from llm_streamline.report.html import environment
+from llm_streamline.report.pareto import Spot, scatter
+
+PAGE, DATA = "leaderboard.html", "leaderboard.json"
+
+
+def draw(shelf: Shelf) -> dict[str, Any]:
+    """Write page and data of a leaderboard's folder again, from its files, and return the data.
+
+    Raises:
+        StreamlineError: if no leaderboard was made there.
+        OutputError: if the page cannot be written.
+    """
+    title, records = shelf.board()
+    rows, others = rows_of(records, shelf)
+    choices = _choices(rows)
+    data = _data(title, rows, others, choices)
+    write_text(shelf.out / PAGE, _render(title, rows, others, choices))
+    write_json(shelf.out / DATA, data)
+    return {**data, "page": str(shelf.out / PAGE)}
+
+
+def _choices(rows: Sequence[Row]) -> dict[int, Choice | str]:
+    """For each budget of training tokens the default that the rule picks, or why it picks none."""
+    found: dict[int, Choice | str] = {}
+    for tokens in sorted({row.tokens for row in rows}):
+        try:
+            found[tokens] = choose_default(rows, tokens)
+        except StreamlineError as problem:
+            found[tokens] = str(problem)
+    return found
+
+
+def _data(
+    title: str, rows: Sequence[Row], others: Sequence[Record], choices: dict[int, Choice | str]
+) -> dict[str, Any]:
+    return {
+        "title": title,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "not_finished": [record.model_dump(mode="json") for record in others],
+        "default": {
+            str(tokens): {"none": choice} if isinstance(choice, str) else dataclasses.asdict(choice)
+            for tokens, choice in choices.items()
+        },
+    }
+
+
+def _render(title: str, rows: Sequence[Row], others: Sequence[Record], choices: dict[int, Choice | str]) -> str:
+    keys = dict(zip(dict.fromkeys(row.method for row in rows), _letters(), strict=False))
+    texts = tuple(dict.fromkeys(text for row in rows for text in row.texts))
+    boards = [
+        {
+            "model": model,
+            "tokens": tokens,
+            "heading": budget_words(tokens),
+            "plots": _plots(here, keys),
+            "groups": _groups(here, keys),
+            "choice": choices[tokens],
+        }
+        for model, tokens, here in _boards(rows)
+    ]
+    return (
+        environment()
+        .get_template("leaderboard.html.j2")
+        .render(
+            title=title,
+            date=datetime.now(UTC).date().isoformat(),
+            boards=boards,
+            models=dict.fromkeys(row.model for row in rows),
+            texts=words.listed([words.model_name(text) for text in texts]),
+            others=[record for record in others if record.status != "pending"],
+            pending=[record for record in others if record.status == "pending"],
+            commands=[(row, words.count(row.tokens), row.commands) for row in rows],
+            keys=keys,
+        )
+    )
+
+
+def budget_words(tokens: int) -> str:
+    """A training budget as a heading."""
+    return f"{words.count(tokens)} training tokens" if tokens else "Without training"
+
+
+def _boards(rows: Sequence[Row]) -> Iterator[tuple[str, int, list[Row]]]:
+    for model, tokens in sorted({(row.model, row.tokens) for row in rows}, key=lambda pair: (pair[0], pair[1])):
+        yield model, tokens, [row for row in rows if (row.model, row.tokens) == (model, tokens)]
+
+
+def _letters() -> Iterator[str]:
+    for size in (1, 2):
+        yield from (letter * size for letter in string.ascii_uppercase)
+
+
+def _shown(row: Row) -> Estimate | None:
+    """The loss that is drawn: on the evaluation texts, or on the held-out text where there are none."""
+    return row.evaluation or row.development
+
+
+def _plots(rows: Sequence[Row], keys: dict[str, str]) -> list[tuple[str, Markup]]:
+    plots = []
+    losses = [(row, math.exp(_shown(row).value)) for row in rows if _shown(row) is not None]
+    accuracies = [(row, 100 * row.accuracy.value) for row in rows if row.accuracy is not None]
+    for title, label, found, low, log in (
+        ("Perplexity against size", "perplexity ratio", losses, True, True),
+        ("Mean accuracy against size", "change of mean accuracy, points", accuracies, False, False),
+    ):
+        if len(found) > 1:
+            spots = [Spot(keys[row.method], row.method, row.parameters, value) for row, value in found]
+            original = found[0][0].parameters_original
+            spots.append(Spot("0", "original", original, 1.0 if low else 0.0, True))
+            chart = scatter(spots, x_label="parameters", y_label=label, low_x=True, low_y=low, log_y=log)
+            plots.append((title, chart))
+    return plots
+
+
+def _groups(rows: Sequence[Row], keys: dict[str, str]) -> list[tuple[int, list[dict[str, Any]]]]:
+    """For each number of layers its rows, best first; the best figure of each column is marked."""
+    groups = []
+    for layers in sorted({row.layers for row in rows}):
+        here = [row for row in rows if row.layers == layers]
+        here.sort(key=lambda row: (math.inf if _shown(row) is None else _shown(row).value, row.method))
+        groups.append((layers, [_cells(row, keys[row.method], _best(here)) for row in here]))
+    return groups
+
+
+_COLUMNS = (
+    ("evaluation", lambda row: row.evaluation.value if row.evaluation else None, min),
+    ("development", lambda row: row.development.value if row.development else None, min),
+    ("kl", lambda row: row.kl, min),
+    ("accuracy", lambda row: row.accuracy.value if row.accuracy else None, max),
+    ("stability", lambda row: row.stability, max),
+)
+
+
+def _best(rows: Sequence[Row]) -> dict[str, float]:
+    found = {}
+    for name, value, pick in _COLUMNS:
+        values = [value(row) for row in rows if value(row) is not None]
+        if len(values) > 1:
+            found[name] = pick(values)
+    return found
+
+
+def _cells(row: Row, key: str, best: dict[str, float]) -> dict[str, Any]:
+    marked = {name for name, value, _ in _COLUMNS if name in best and value(row) == best[name]}
+    return {
+        "key": key,
+        "method": row.method,
+        "seeds": len(row.seeds),
+        "num_layers": row.num_layers,
+        "parameters": words.count(row.parameters),
+        "perplexity": words.MISSING if row.evaluation_perplexity is None else words.decimal(row.evaluation_perplexity),
+        "evaluation": _ratio(row.evaluation),
+        "development": _ratio(row.development),
+        "kl": words.MISSING if row.kl is None else words.decimal(row.kl, 3),
+        "accuracy": _points(row.accuracy),
+        "stability": words.MISSING if row.stability is None else words.percent(row.stability),
+        "writes": {True: "yes", False: "no", None: words.MISSING}[row.writes],
+        "select": _tokens(row.select_forward_tokens),
+        "train": _tokens(row.train_forward_tokens),
+        "seconds": words.duration(row.seconds),
+        "marked": marked,
+    }
+
+
+def _ratio(found: Estimate | None) -> tuple[str, str]:
+    """A loss difference as a ratio of perplexities, and its interval."""
+    if found is None:
+        return words.MISSING, ""
+    interval = found.interval
+    ends = words.between(*(words.decimal(math.exp(end)) for end in interval)) if interval else ""
+    return words.times(math.exp(found.value)), ends
+
+
+def _points(found: Estimate | None) -> tuple[str, str]:
+    if found is None:
+        return words.MISSING, ""
+    ends = words.between(*(words.signed(100 * end) for end in found.interval)) if found.interval else ""
+    return words.points(found.value), ends
+
+
+def _tokens(number: float | None) -> str:
+    return words.MISSING if number is None else words.count(number)

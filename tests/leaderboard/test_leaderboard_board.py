@@ -1,0 +1,151 @@
+"""The specification: what runs it stands for, how they are named, which ones a filter lets through."""
+
+from pathlib import Path
+
+import pytest
+
+from llm_streamline.config import load_recipe
+from llm_streamline.errors import ConfigError
+from llm_streamline.leaderboard.board import Board, chosen_entries, entries_of, load_board
+
+SHIPPED = Path(__file__).parent.parent.parent / "benchmarks" / "leaderboard.yaml"
+BOARD = """
+title: Two methods
+models: {small: demo, other: /nowhere}
+layers: [3, 6]
+tokens: [0, 256k]
+seeds: [0, 1]
+common: {text.seq_len: 64, replacement.kind: none}
+methods:
+  - name: cosine
+  - {name: mine, recipe: mine.yaml, settings: {selection.verify: 1}, tokens: [0], seeds: [5], layers: [9]}
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "board.yaml").write_text(BOARD)
+    (tmp_path / "mine.yaml").write_text("selection: {method: shortgpt, verify: 3}\ntext: {seq_len: 32}\n")
+    return tmp_path
+
+
+def expanded(place, overrides=None):
+    return entries_of(load_board(place / "board.yaml"), place, overrides)
+
+
+def test_every_combination_is_a_run_and_a_method_may_have_budgets_of_its_own(place):
+    found = expanded(place)
+    cosine = {(e.model, e.layers, e.tokens, e.seed) for e in found if e.method == "cosine"}
+    assert cosine == {(m, la, t, s) for m in ("small", "other") for la in (3, 6) for t in (0, 256_000) for s in (0, 1)}
+    assert [e.label for e in found if e.method == "mine"] == ["small/mine/9/0/5", "other/mine/9/0/5"]
+    assert len({e.label for e in found}) == len(found) == 18
+    assert [e.tokens for e in found] == sorted(e.tokens for e in found)  # the cheap ones first
+
+
+def test_settings_lie_over_common_keys_over_the_recipe_and_budgets_over_all(place):
+    mine = next(e for e in expanded(place, {"text.sources": ["self"]}) if e.method == "mine")
+    assert mine.source == "demo"
+    assert mine.recipe.selection.method == "shortgpt"
+    assert mine.recipe.selection.verify == 1
+    assert mine.recipe.text.seq_len == 64
+    assert mine.recipe.text.sources == ("self",)
+    assert (mine.recipe.target.layers, mine.recipe.training.tokens, mine.recipe.seed) == (9, 0, 5)
+
+
+def test_a_run_is_named_by_its_content(place, tmp_path):
+    first = expanded(place)[0]
+    assert first.key("model") == expanded(place)[0].key("model")
+    assert len({e.key("model") for e in expanded(place)}) == 9  # the two models' names are no content
+    assert first.key("model") != first.key("another model")
+    text = tmp_path / "text.txt"
+    names = []
+    for content in ("one", "two"):
+        text.write_text(content)
+        fresh = expanded(place, {"text.sources": [str(text)]})[0]
+        from llm_streamline.leaderboard import board
+
+        board._content.cache_clear()
+        names.append(fresh.key("model"))
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize(
+    ("only", "labels"),
+    [
+        (["mine"], {"small/mine/9/0/5", "other/mine/9/0/5"}),
+        (["method=m*", "model=small"], {"small/mine/9/0/5"}),
+        (["model=other", "tokens=256k", "seed=1"], {"other/cosine/3/256000/1", "other/cosine/6/256000/1"}),
+        (["layers=9,3", "model=small", "tokens=0", "seed=0,5"], {"small/mine/9/0/5", "small/cosine/3/0/0"}),
+    ],
+)
+def test_filters(place, only, labels):
+    assert {e.label for e in chosen_entries(expanded(place), only)} == labels
+
+
+@pytest.mark.parametrize(
+    ("only", "sentence"),
+    [
+        (["layer=9"], "no key 'layer'. Did you mean 'layers'?"),
+        (["layers=many"], "'many' is no count"),
+        (["sleb"], "lets no run through; methods of this board: cosine, mine"),
+    ],
+)
+def test_wrong_filters_are_refused(place, only, sentence):
+    with pytest.raises(ConfigError, match=sentence.replace("?", r"\?")):
+        chosen_entries(expanded(place), only)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("title: Two", "titel: Two"), "Did you mean 'title'"),
+        (("name: mine", "name: cosine"), "two methods are called 'cosine'"),
+        (("selection.verify: 1", "selection.verif: 1"), "method 'mine'.*Did you mean 'verify'"),
+        (("mine.yaml", "yours.yaml"), "method 'mine': no recipe at"),
+        (("256k", "lots"), "'lots' is no count"),
+        ((BOARD, "- a\n- b"), "a specification is a mapping"),
+        (("title: Two", "title: [Two"), "cannot be read as a specification"),
+    ],
+)
+def test_wrong_specifications_are_refused(place, change, sentence):
+    (place / "board.yaml").write_text(BOARD.replace(*change))
+    with pytest.raises(ConfigError, match=sentence):
+        expanded(place)
+
+
+def test_the_saved_recipe_says_no_more_than_was_asked_for(place, tmp_path):
+    """A method may bring a network of its own where none is named, so defaults must not look like wishes."""
+    (place / "board.yaml").write_text(BOARD.replace(", replacement.kind: none", ""))
+    entry = expanded(place)[0]
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(entry.recipe_yaml())
+    again = load_recipe(saved)
+    assert again == entry.recipe
+    assert "kind" not in again.replacement.model_fields_set
+    named = expanded(place, {"replacement.kind": "layer"})[0]
+    assert named.recipe == entry.recipe
+    assert named.key("model") != entry.key("model")
+
+
+def test_a_missing_specification_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no leaderboard specification"):
+        load_board(tmp_path / "none.yaml")
+
+
+def test_models_may_be_a_list():
+    board = Board(models=["demo"], layers=[3], methods=[{"name": "a"}])
+    assert board.models == {"demo": "demo"}
+
+
+def test_the_shipped_specification_is_what_it_promises():
+    board = load_board(SHIPPED)
+    found = entries_of(board, SHIPPED.parent)
+    assert set(board.models.values()) == {"demo"}
+    assert {e.layers for e in found} == {3, 6, 9, 12}
+    assert {0, 262_144, 1_048_576} == {e.tokens for e in found}
+    names = {one.name for one in board.methods}
+    assert {"default", "paper", "shortgpt", "uidl", "sleb", "laco", "replaceme", "ghosted", "multi-span"} <= names
+    for entry in found:  # nothing that is trained or chosen is ever shown the evaluation text
+        assert not set(entry.recipe.evaluation.perplexity) & set(entry.recipe.text.sources)
+        if entry.tokens:
+            assert entry.recipe.replacement.kind != "none" or entry.recipe.training.trainable != "replacement"

@@ -1,0 +1,243 @@
+"""Runs one after the other: cached by content, bad ones recorded, stopped and taken up again."""
+
+import sys
+import time
+
+import pytest
+
+from llm_streamline.errors import ConfigError, OutputError, SourceError, StreamlineError
+from llm_streamline.leaderboard import make
+from llm_streamline.leaderboard import run as run_module
+from llm_streamline.leaderboard.board import Entry
+from llm_streamline.leaderboard.make import make_leaderboard
+from llm_streamline.leaderboard.records import Shelf
+from llm_streamline.leaderboard.run import Ending, in_process_of_its_own
+from llm_streamline.output import open_output, write_manifest
+
+BOARD = """
+title: Test
+models: [demo]
+layers: [3, 6]
+methods:
+  - {name: good, settings: {selection.verify: 1}}
+  - {name: refused, settings: {selection.verify: 2}}
+  - {name: broken, settings: {selection.verify: 3}}
+"""
+
+
+TWINS = BOARD.replace("name: refused, settings: {selection.verify: 2}", "name: twin, settings: {selection.verify: 1}")
+
+
+class Runs:
+    """Stands for `compress`: writes a finished folder, refuses, breaks."""
+
+    def __init__(self):
+        self.labels = []
+
+    def __call__(self, entry: Entry, recipe, out, log_file, left):
+        self.labels.append(entry.label)
+        assert f"layers: {entry.layers}" in recipe.read_text()
+        if entry.method == "refused":
+            return Ending("refused", "PlanError: no")
+        if entry.method == "broken":
+            return Ending("failed", "killed by SIGKILL (out of memory?)")
+        folder = open_output(out)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "streamline" / "work").mkdir()
+        write_manifest(folder, {})
+        return Ending("done")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    (tmp_path / "board.yaml").write_text(BOARD)
+    monkeypatch.setattr(make, "_fingerprint", lambda source: f"fingerprint of {source}")
+    return tmp_path
+
+
+def call(place, runs, **options):
+    return make_leaderboard(place / "board.yaml", place / "out", runner=runs, **options)
+
+
+def statuses(made):
+    return {record.label: record.status for record in made.records}
+
+
+def test_a_bad_run_is_recorded_and_does_not_stop_the_rest(place):
+    runs = Runs()
+    made = call(place, runs)
+    assert statuses(made) == {
+        f"demo/{name}/{layers}/0/0": status
+        for name, status in (("good", "done"), ("refused", "refused"), ("broken", "failed"))
+        for layers in (3, 6)
+    }
+    page = (place / "out" / "leaderboard.html").read_text()
+    assert "PlanError: no" in page
+    assert "out of memory" in page
+
+
+def test_a_finished_run_is_never_repeated_and_bad_ones_only_when_asked(place):
+    call(place, Runs())
+    again, retried = Runs(), Runs()
+    call(place, again)
+    assert again.labels == []
+    call(place, retried, retry=True)
+    assert sorted(retried.labels) == [f"demo/{name}/{n}/0/0" for name in ("broken", "refused") for n in (3, 6)]
+
+
+def test_a_changed_recipe_is_another_run_and_the_old_one_leaves_the_board(place):
+    first = call(place, Runs())
+    (place / "board.yaml").write_text(BOARD.replace("verify: 1", "verify: 4"))
+    runs = Runs()
+    second = call(place, runs, only=["good"])
+    assert runs.labels == ["demo/good/3/0/0", "demo/good/6/0/0"]
+    old = {record.key for record in first.records if record.method == "good"}
+    assert not old & {record.key for record in Shelf(place / "out").board()[1]}
+    assert len({record.key for record in second.records}) == 2
+
+
+def test_a_filter_runs_a_portion_and_the_page_names_the_rest(place):
+    runs = Runs()
+    made = call(place, runs, only=["good", "layers=6"])
+    assert runs.labels == ["demo/good/6/0/0"]
+    assert statuses(made) == {"demo/good/6/0/0": "done"}
+    assert "5 runs; the same command goes on" in (place / "out" / "leaderboard.html").read_text()
+
+
+def test_weights_go_when_a_run_is_finished_unless_they_are_wanted(place):
+    made = call(place, Runs(), only=["good", "layers=6"])
+    shelf, key = Shelf(place / "out"), made.records[0].key
+    assert not shelf.run(key).exists()
+    assert shelf.has_result(key)
+    assert not (shelf.result(key) / "streamline" / "work").exists()
+    made = call(place, Runs(), only=["good", "layers=3"], keep_weights=True)
+    assert (shelf.run(made.records[0].key) / "model.safetensors").exists()
+
+
+def test_a_result_that_was_deleted_is_made_again(place):
+    made = call(place, Runs(), only=["good", "layers=6"])
+    (Shelf(place / "out").result(made.records[0].key) / "streamline" / "manifest.json").unlink()
+    runs = Runs()
+    assert statuses(call(place, runs, only=["good", "layers=6"])) == {"demo/good/6/0/0": "done"}
+    assert runs.labels == ["demo/good/6/0/0"]
+
+
+def test_a_run_that_finished_before_a_kill_is_taken_as_it_is(place):
+    class Killed(Exception):
+        pass
+
+    class Dying(Runs):
+        def __call__(self, *args):
+            super().__call__(*args)
+            raise Killed
+
+    with pytest.raises(Killed):
+        call(place, Dying(), only=["good", "layers=6"])
+    runs = Runs()
+    assert statuses(call(place, runs, only=["good", "layers=6"])) == {"demo/good/6/0/0": "done"}
+    assert runs.labels == []
+
+
+def test_a_dry_run_runs_nothing(place):
+    runs = Runs()
+    made = call(place, runs, dry_run=True)
+    assert runs.labels == []
+    assert set(statuses(made).values()) == {"pending"}
+    command = made.records[0].command
+    assert command.startswith("llm-streamline compress demo -o ")
+    recipe = place / "out" / "entries" / f"{made.records[0].key}.yaml"
+    assert str(recipe) in command
+    assert recipe.is_file()
+
+
+def test_no_run_begins_when_the_time_is_over(place, monkeypatch):
+    clock = iter(range(0, 100_000, 45))
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: next(clock))
+    runs = Runs()
+    made = call(place, runs, limit_minutes=3)
+    assert 0 < len(runs.labels) < 6
+    assert "pending" in statuses(made).values()
+    with pytest.raises(ConfigError, match="more than 0"):
+        call(place, runs, limit_minutes=0)
+
+
+def test_a_model_that_cannot_be_read_is_refused_and_the_rest_goes_on(place, monkeypatch):
+    def fingerprint(source):
+        if source == "gone":
+            raise SourceError("no model at gone")
+        return source
+
+    monkeypatch.setattr(make, "_fingerprint", fingerprint)
+    (place / "board.yaml").write_text(BOARD.replace("[demo]", "[demo, gone]"))
+    runs = Runs()
+    made = call(place, runs, only=["good"])
+    found = statuses(made)
+    assert found["demo/good/3/0/0"] == "done"
+    assert found["gone/good/3/0/0"] == "refused"
+    assert all(label.startswith("demo") for label in runs.labels)
+
+
+def test_methods_that_are_the_same_in_all_but_name_share_a_run(place):
+    (place / "board.yaml").write_text(TWINS)
+    runs = Runs()
+    call(place, runs, only=["good", "twin"])
+    assert runs.labels == ["demo/good/3/0/0", "demo/good/6/0/0"]
+    done = [record.method for record in Shelf(place / "out").board()[1] if record.status == "done"]
+    assert sorted(done) == ["good", "good", "twin", "twin"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(place):
+    (place / "out").mkdir()
+    (place / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds no leaderboard"):
+        call(place, Runs())
+
+
+def test_no_leaderboard_to_draw(tmp_path):
+    with pytest.raises(StreamlineError, match="holds no leaderboard"):
+        Shelf(tmp_path).board()
+
+
+# --- the process of a run
+
+
+PYTHON = sys.executable
+SCRIPT = """#!{python}
+import os, signal, sys, time
+open({seen!r}, "w").write(" ".join(sys.argv[1:]))
+print("a word", file=sys.stderr)
+{body}
+"""
+
+
+@pytest.fixture
+def ending(tmp_path, monkeypatch):
+    """How a run ends whose process does `body`."""
+
+    def of(body, left=None):
+        script = tmp_path / "python"
+        script.write_text(SCRIPT.format(python=PYTHON, seen=str(tmp_path / "seen"), body=body))
+        script.chmod(0o755)
+        monkeypatch.setattr(run_module.sys, "executable", str(script))
+        entry = Entry("m", "a model", "x", 3, 0, 0, None)
+        return in_process_of_its_own(entry, tmp_path / "r.yaml", tmp_path / "o", tmp_path / "log", left)
+
+    return of
+
+
+def test_the_exit_code_tells_how_a_run_ended(ending, tmp_path):
+    assert ending("") == Ending("done")
+    assert (tmp_path / "seen").read_text() == (
+        f"-m llm_streamline.cli compress a model -o {tmp_path}/o --recipe {tmp_path}/r.yaml"
+    )
+    refusal = ending("print('PlanError: too many', file=sys.stderr); sys.exit(2)")
+    assert refusal == Ending("refused", "PlanError: too many")
+    assert ending("sys.exit(1)") == Ending("failed", "a word")
+    killed = ending("os.kill(os.getpid(), signal.SIGKILL)")
+    assert killed == Ending("failed", "killed by SIGKILL (out of memory?)")
+
+
+def test_a_run_is_stopped_when_the_time_is_over(ending):
+    started = time.monotonic()
+    assert ending("time.sleep(60)", left=1.0).status == "pending"
+    assert time.monotonic() - started < 30
