@@ -1,12 +1,11 @@
-"""Cost of an evaluation, as a ratio to the pure forward passes of the very same batches, taken in turns in one process.
+"""Cost of an evaluation, as a ratio to the pure forward passes of the very same batches, taken in turns batch by batch.
 
     python benchmarks/evaluation.py --tasks arc_easy.jsonl piqa.jsonl blimp.jsonl.gz hellaswag.jsonl.gz --text TEXT.txt
 
 `ours` is the whole of `evaluate` but loading the model: reading and tokenising the files, sorting, packing, forwards,
-log-likelihoods, sums, result. `pure` hands the same padded batches to `model(...)`, logits and all, and looks at
-nothing. With `--unshared` a third figure, `plain`: the same for batches in which every choice is a row of its own,
-which is what a harness runs that does not share contexts. `--clock cpu` counts processor time instead of wall time, for
-a machine that does other things meanwhile; it makes sense with one thread only (OMP_NUM_THREADS=1).
+log-likelihoods, sums, result. `pure` hands each padded batch to `model(...)` right after ours has run it, logits and
+all, and looks at nothing; its time is taken out of ours. So what else the machine does falls on both alike.
+`--clock cpu` counts processor time instead of wall time, for a busy machine (with one thread only: OMP_NUM_THREADS=1).
 """
 
 import argparse
@@ -14,13 +13,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from llm_streamline.evaluation import choices
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.evaluate import evaluate
 from llm_streamline.evaluation.logits import LogitReader
@@ -28,33 +25,19 @@ from llm_streamline.runtime import versions
 from llm_streamline.sources import LoadedModel, load_model, resolve_model
 
 RESULTS = Path(__file__).parent / "results"
-Batches = list[dict[str, torch.Tensor]]
 
 
 def main() -> None:
     arguments = _parse()
-    loaded = load_model(resolve_model(arguments.model), arguments.dtype)
-    config = EvaluationConfig(
-        perplexity=(arguments.text,),
-        tokens=arguments.tokens,
-        tasks=tuple(arguments.tasks),
-        limit=arguments.limit,
-        generation=False,
-        speed=False,
-    )
     if arguments.clock == "cpu" and torch.get_num_threads() > 1:
         raise SystemExit("--clock cpu adds up the time of all threads; run with OMP_NUM_THREADS=1")
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
-    batches, unpacked = recorded(loaded, config), []
-    if arguments.unshared:
-        with packing(False):
-            unpacked = recorded(loaded, config)
-    ours, pure, plain = [], [], []
-    for _ in range(arguments.rounds):
-        pure.append(forwards(loaded.model, batches, clock))
-        ours.append(timed_evaluation(loaded, config, clock))
-        if unpacked:
-            plain.append(forwards(loaded.model, unpacked, clock))
+    loaded = load_model(resolve_model(arguments.model), arguments.dtype)
+    wanted = {"perplexity": (arguments.text,), "tasks": tuple(arguments.tasks), "generation": False, "speed": False}
+    evaluate(loaded, config=EvaluationConfig(**wanted, tokens=1024, limit=2))  # warms everything up
+    config = EvaluationConfig(**wanted, tokens=arguments.tokens, limit=arguments.limit)
+    rounds = [one_round(loaded, config, clock) for _ in range(arguments.rounds)]
+    ratios = [found["ours"] / found["pure"] for found in rounds]
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": versions(),
@@ -65,69 +48,47 @@ def main() -> None:
         "items_per_task": arguments.limit,
         "perplexity_tokens": arguments.tokens,
         "clock": arguments.clock,
-        "padded_tokens": count(batches),
-        "seconds": {"ours": ours, "pure": pure},
-        "ratio_to_pure_forward": _ratio(ours, pure),
+        "rounds": rounds,
+        "ratio_to_pure_forward": {
+            "median": round(statistics.median(ratios), 3),
+            "low": round(min(ratios), 3),
+            "high": round(max(ratios), 3),
+        },
     }
-    if unpacked:
-        result["seconds"]["plain"] = plain
-        result["padded_tokens_one_row_per_choice"] = count(unpacked)
-        result["ratio_to_one_row_per_choice"] = _ratio(ours, plain)
     print(json.dumps(result, indent=2))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def recorded(loaded: LoadedModel, config: EvaluationConfig) -> Batches:
-    """Evaluate once, and keep what every forward pass was given; it also warms everything up."""
-    kept: Batches = []
+def one_round(loaded: LoadedModel, config: EvaluationConfig, clock: Callable[[], float]) -> dict[str, float]:
+    """Evaluate once, with a pure forward of the same batch after each of ours.
+
+    Returns:
+        Seconds of the evaluation without the pure forwards, seconds of these, and padded tokens.
+    """
+    seconds, tokens = 0.0, 0
     states = LogitReader.states
 
-    def keep(reader: LogitReader, input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        kept.append({"input_ids": input_ids.long(), **inputs})
-        return states(reader, input_ids, **inputs)
+    @torch.inference_mode()
+    def and_purely(reader: LogitReader, input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal seconds, tokens
+        found = states(reader, input_ids, **inputs)
+        batch = {"input_ids": input_ids.long(), **inputs}
+        batch = {name: value.to(reader.device) for name, value in batch.items()}
+        started = clock()
+        reader.model(**batch, use_cache=False)
+        seconds += clock() - started
+        tokens += input_ids.numel()
+        return found
 
-    LogitReader.states = keep
+    LogitReader.states = and_purely
     try:
+        started = clock()
         evaluate(loaded, config=config)
+        whole = clock() - started
     finally:
         LogitReader.states = states
-    return kept
-
-
-@contextmanager
-def packing(wanted: bool):
-    """Let the scorer share contexts, or not."""
-    can_pack = choices.can_pack
-    if not wanted:
-        choices.can_pack = lambda *_args, **_kwargs: False
-    try:
-        yield
-    finally:
-        choices.can_pack = can_pack
-
-
-def timed_evaluation(loaded: LoadedModel, config: EvaluationConfig, clock: Callable[[], float]) -> float:
-    started = clock()
-    evaluate(loaded, config=config)
-    return clock() - started
-
-
-@torch.inference_mode()
-def forwards(model: torch.nn.Module, batches: Batches, clock: Callable[[], float]) -> float:
-    started = clock()
-    for inputs in batches:
-        model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False)
-    return clock() - started
-
-
-def count(batches: Batches) -> int:
-    return sum(inputs["input_ids"].numel() for inputs in batches)
-
-
-def _ratio(ours: list[float], theirs: list[float]) -> dict:
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return {"median": round(statistics.median(ratios), 3), "low": round(min(ratios), 3), "high": round(max(ratios), 3)}
+    return {"ours": whole - seconds, "pure": seconds, "padded_tokens": tokens}
 
 
 def _parse() -> argparse.Namespace:
@@ -138,8 +99,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--text", required=True)
     parser.add_argument("--limit", type=int, default=200, help="items of each task")
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens of perplexity")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--unshared", action="store_true", help="also time batches that share no context")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     return parser.parse_args()
 
