@@ -1,6 +1,7 @@
 """Methods that train nothing, run whole: compressed, saved, proven by a reload, as their recipes say."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,3 +64,21 @@ def test_laco(place):
     assert [edit.kind for edit in outcome.plan.edits] == ["merge"] * len(outcome.plan.edits)
     assert outcome.plan.num_layers_after == 4
     assert "merged into one" in (place / "laco" / "README.md").read_text()
+
+
+def test_attention_drop(place):
+    outcome = run(place, "attention-drop")
+    assert outcome.proof.ok
+    assert {edit.kind for edit in outcome.plan.edits} == {"silence"}
+    assert outcome.plan.num_layers_after == 6
+    assert "lost attention" in (place / "attention-drop" / "README.md").read_text()
+    page = (place / "attention-drop" / "streamline" / "report.html").read_text()
+    assert re.search("lost (its|their) attention", page)
+
+
+def test_sleb(place):
+    outcome = run(place, "sleb")
+    assert outcome.proof.ok
+    assert outcome.plan.num_layers_after == 4
+    assert outcome.plan.selection.cost > 0
+    assert "forward passes over the calibration text" in (place / "sleb" / "streamline" / "report.html").read_text()

@@ -167,12 +167,12 @@ def silence_attention(layer: nn.Module, arch: ArchSpec) -> None:
     Where a norm follows the sublayer its weight is what is changed: a zero projection in front of a norm would leave
     that norm with a gradient of the size 1 / sqrt(eps).
     """
-    _silence(layer, arch, arch.attention_out, arch.attention_norm_out)
+    _silence(layer, arch, "attention")
 
 
 def silence_mlp(layer: nn.Module, arch: ArchSpec) -> None:
     """Make the MLP of `layer`, all experts included, add exactly zero, in place."""
-    _silence(layer, arch, arch.mlp_out, arch.mlp_norm_out)
+    _silence(layer, arch, "mlp")
 
 
 def silence(layer: nn.Module, arch: ArchSpec) -> None:
@@ -185,25 +185,40 @@ def silence(layer: nn.Module, arch: ArchSpec) -> None:
     silence_mlp(layer, arch)
 
 
-@torch.no_grad()
-def _silence(layer, arch, projections, norm):
+def silencing(layer: nn.Module, arch: ArchSpec, part: str) -> dict[str, float]:
+    """What makes a sublayer of `layer` add exactly zero: parameter of the layer -> value of all its elements.
+
+    Args:
+        layer: a decoder layer of the model.
+        arch: the model's facts.
+        part: "attention" or "mlp"; empty result when the layer has no such sublayer.
+
+    Raises:
+        ArchitectureError: if no weights silence a sublayer of this model.
+    """
     if arch.identity_obstacle:
         raise ArchitectureError(f"a layer of this {arch.model_type} cannot be made silent: {arch.identity_obstacle}")
+    projections = arch.attention_out if part == "attention" else arch.mlp_out
+    norm = arch.attention_norm_out if part == "attention" else arch.mlp_norm_out
     if norm is not None:
-        layer.get_submodule(norm).weight.fill_(arch.silent_norm_weight)
-        return
-    for path in present(layer, projections):
-        for parameter in _parameters_at(layer, path):
-            parameter.zero_()
+        return {f"{norm}.weight": arch.silent_norm_weight}
+    return {name: 0.0 for path in present(layer, projections) for name in _parameters_at(layer, path)}
+
+
+@torch.no_grad()
+def _silence(layer, arch, part):
+    for name, value in silencing(layer, arch, part).items():
+        layer.get_parameter(name).fill_(value)
 
 
 def _parameters_at(layer, path):
-    """The parameters of a projection: a module's own, or a bare tensor and the bias stored beside it."""
+    """Names of a projection's parameters: a module's own, or a bare tensor and the bias stored beside it."""
     if is_module(layer, path):
-        return list(layer.get_submodule(path).parameters())
+        return [f"{path}.{name}" for name, _ in layer.get_submodule(path).named_parameters()]
     owner = layer.get_submodule(path.rpartition(".")[0])
     name = path.rpartition(".")[2]
-    return [getattr(owner, n) for n in (name, f"{name}_bias") if isinstance(getattr(owner, n, None), nn.Parameter)]
+    there = [n for n in (name, f"{name}_bias") if isinstance(getattr(owner, n, None), nn.Parameter)]
+    return [f"{path.removesuffix(name)}{n}" for n in there]
 
 
 def _check_plain(model) -> None:

@@ -17,6 +17,7 @@ from llm_streamline.schema import FrozenModel, parse
 
 PLAN_VERSION = 1
 NetworkKind = Literal["layer", "ffn", "swiglu", "linear"]
+Part = Literal["attention", "mlp"]
 Init = Literal["first", "last", "middle", "average", "random", "identity", "closed_form", "best"]
 
 
@@ -130,7 +131,21 @@ class Merge(FrozenModel):
         return (self.start,)
 
 
-Edit = Annotated[Remove | Replace | Merge, Field(discriminator="kind")]
+class Silence(FrozenModel):
+    """Make one sublayer of the layers [start, stop) add exactly nothing to the residual stream; the layers stay."""
+
+    kind: Literal["silence"] = "silence"
+    start: NonNegativeInt
+    stop: PositiveInt
+    part: Part
+
+    @property
+    def templates(self) -> tuple[int, ...]:
+        """The layers themselves."""
+        return tuple(range(self.start, self.stop))
+
+
+Edit = Annotated[Remove | Replace | Merge | Silence, Field(discriminator="kind")]
 
 
 def templates_for(network: Network, start: int, stop: int) -> tuple[int, ...]:
@@ -201,7 +216,7 @@ class Plan(FrozenModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Plan":
-        previous_stop, num_layers = 0, self.model.num_layers
+        previous_stop, num_layers, silent = 0, self.model.num_layers, set()
         for edit in self.edits:
             name = f"{edit.kind} [{edit.start}, {edit.stop})"
             if edit.start >= edit.stop:
@@ -213,6 +228,10 @@ class Plan(FrozenModel):
                 )
             if edit.start < previous_stop:
                 raise ValueError(f"{name} overlaps the edit before it or is out of order; spans must ascend")
+            if isinstance(edit, Replace) and edit.network.kind == "linear" and edit.start - 1 in silent:
+                raise ValueError(f"{name}: a linear map is folded into layer {edit.start - 1}, whose MLP is silenced")
+            if isinstance(edit, Silence) and edit.part == "mlp":
+                silent |= set(edit.templates)
             previous_stop = edit.stop
         if not self.layer_sources():
             raise ValueError("the edits remove every layer; at least one must stay")
@@ -259,6 +278,9 @@ class Plan(FrozenModel):
         parts = []
         for edit in self.edits:
             size = edit.stop - edit.start
+            if isinstance(edit, Silence):
+                parts.append(f"silence the {edit.part} of {size} of {self.model.num_layers} layers {_span_name(edit)}")
+                continue
             verb = "merge" if isinstance(edit, Merge) else "remove"
             text = f"{verb} {size} of {self.model.num_layers} layers [{edit.start}, {edit.stop})"
             if isinstance(edit, Replace):
@@ -292,6 +314,10 @@ class Plan(FrozenModel):
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
             raise PlanError(f"{path} cannot be read as a plan: {problem}") from None
         return parse(cls, data, str(path), PlanError)
+
+
+def _span_name(edit: Edit) -> str:
+    return f"[{edit.start}, {edit.stop})"
 
 
 def _network_name(network: Network) -> str:

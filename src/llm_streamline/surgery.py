@@ -11,11 +11,12 @@ from functools import partial
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llm_streamline.arch import ArchSpec, find_arch
+from llm_streamline.arch import ArchSpec, find_arch, silence_attention, silence_mlp
 from llm_streamline.blueprint import build_blueprint, compare_layers, plain_settings
 from llm_streamline.errors import ArchitectureError, PlanError
 from llm_streamline.layer_config import LIST_KEYS, check_sources, edited_config, text_config
 from llm_streamline.merging import merged_layers
+from llm_streamline.silencing import silences
 
 
 def apply_plan(model: PreTrainedModel, plan) -> list[int]:
@@ -43,8 +44,15 @@ def apply_plan(model: PreTrainedModel, plan) -> list[int]:
         )
     sources = list(plan.layer_sources())
     merged = merged_layers(model, plan)  # before the cut, while all their layers are there
+    silenced = [
+        (place, edit.part)
+        for edit in silences(model, plan)
+        for place in range(plan.position_of(edit), plan.position_of(edit) + len(edit.templates))
+    ]
     keep_layers(model, sources)
     layers = model.get_submodule(arch.layers)
+    for place, part in silenced:
+        (silence_attention if part == "attention" else silence_mlp)(layers[place], arch)
     for place, layer in merged.items():
         layers[place].load_state_dict(layer.state_dict())
     return sources

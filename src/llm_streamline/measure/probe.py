@@ -14,7 +14,7 @@ from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import edited_config
 from llm_streamline.logs import progress_bar
 from llm_streamline.measure.cost import Cost
-from llm_streamline.measure.edited import plan_patches
+from llm_streamline.measure.edited import SilentLayers, plan_patches
 from llm_streamline.measure.files import Statistics
 from llm_streamline.measure.gradients import magnitudes, taylor
 from llm_streamline.measure.losses import token_losses
@@ -40,6 +40,7 @@ class Probe:
     calibration: Windows | None = None
     cost: Cost = field(default_factory=Cost)
     _statistics: Statistics | None = field(default=None, init=False, repr=False)
+    _silent: SilentLayers = field(default_factory=SilentLayers, init=False, repr=False)
 
     def statistics(self) -> Statistics:
         """Similarity of every span, norms: one pass over the calibration windows, made once, on demand.
@@ -125,7 +126,7 @@ class Probe:
         return self.cost.passes(self.facts.num_layers, self.calibration.num_tokens)
 
     def _variant(self, plan: Plan) -> Variant:
-        patches = plan_patches(self.model, plan, self.start(plan), self.model.dtype)
+        patches = plan_patches(self.model, plan, self.start(plan), self.model.dtype, self._silent)
         return Variant(plan.layer_sources(), patches)
 
 

@@ -33,7 +33,7 @@ class SharedPrefix:
         Raises:
             ArchitectureError: if one of the edits is not sound for this architecture.
         """
-        keys = [_key(variant, index) for index, variant in enumerate(variants)]
+        keys = [_key(variant) for variant in variants]
         self.order = sorted(range(len(variants)), key=keys.__getitem__)
         self.resumed_at = [0, *(_common(keys[a], keys[b]) for a, b in pairwise(self.order))][: len(self.order)]
         self._views: list[ResumedModel] = []
@@ -66,9 +66,10 @@ class SharedPrefix:
         return needed - {0}
 
 
-def _key(variant: Variant, index: int) -> tuple[tuple[int, int], ...]:
-    """What each layer is, so that equal keys mean equal layers; a patched one is like no other variant's."""
-    return tuple((source, index + 1 if place in variant.patches else 0) for place, source in enumerate(variant.sources))
+def _key(variant: Variant) -> tuple[tuple[int, int], ...]:
+    """What each layer is, so that equal keys mean equal layers: a patch is shared only by who has this very module."""
+    patches = {place: id(module) for place, module in variant.patches.items()}
+    return tuple((source, patches.get(place, 0)) for place, source in enumerate(variant.sources))
 
 
 def _common(one: Sequence, other: Sequence) -> int:

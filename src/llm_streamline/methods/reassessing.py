@@ -29,7 +29,7 @@ class ReassessingConfig(MethodConfig):
         return self
 
 
-@method(paper="arXiv:2411.15558", config=ReassessingConfig)
+@method(paper="arXiv:2411.15558", config=ReassessingConfig, replacement={"kind": "none"})
 def reassessing(probe: Probe, config: ReassessingConfig) -> Plan:
     """The last layers, or single layers by random order, magnitude, Taylor score, perplexity or Block Influence."""
     config.check_fits(probe.facts.num_layers)

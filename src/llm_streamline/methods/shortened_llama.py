@@ -37,7 +37,7 @@ class ShortenedLlamaConfig(MethodConfig):
         unprotected(num_layers, self.num_removed, self.protect_first, self.protect_last)
 
 
-@method(paper="arXiv:2402.02834", config=ShortenedLlamaConfig)
+@method(paper="arXiv:2402.02834", config=ShortenedLlamaConfig, replacement={"kind": "none"})
 def shortened_llama(probe: Probe, config: ShortenedLlamaConfig) -> Plan:
     """Single layers with the lowest perplexity without them, Taylor score or magnitude, one shot."""
     config.check_fits(probe.facts.num_layers)

@@ -38,7 +38,7 @@ class SlebConfig(MethodConfig):
         unprotected(num_layers, self.num_removed, self.protect_first, self.protect_last)
 
 
-@method(paper="arXiv:2402.09025", config=SlebConfig)
+@method(paper="arXiv:2402.09025", config=SlebConfig, replacement={"kind": "none"})
 def sleb(probe: Probe, config: SlebConfig) -> Plan:
     """Single layers, one after the other: each time the one without which the held-out loss is lowest."""
     config.check_fits(probe.facts.num_layers)

@@ -10,7 +10,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llm_streamline.output import write_text
-from llm_streamline.plan import Merge, Replace
+from llm_streamline.plan import Merge, Replace, Silence
 from llm_streamline.report import words
 from llm_streamline.report.figures import Figure, figures
 from llm_streamline.report.pair import Pair
@@ -229,6 +229,8 @@ def _stand_ins(run: Run) -> list[str]:
         elif isinstance(edit, Merge):
             start = run.plan.position_of(edit)
             lines.append(f"{gone} were merged into one ({words.layers(start, start + 1)} of this model)")
+        elif isinstance(edit, Silence):
+            lines.append(f"{gone} lost {words.sublayer(edit.part)}: its last projection is zero in this model")
         else:
             lines.append(f"{gone} left without a replacement")
     return [line[0].upper() + line[1:] + "." for line in lines]

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from llm_streamline.evaluation.result import Continuation, ModelResult
 from llm_streamline.output import write_text
-from llm_streamline.plan import Replace
+from llm_streamline.plan import Replace, Silence
 from llm_streamline.report import plots, words
 from llm_streamline.report.accuracy import mean_accuracies
 from llm_streamline.report.answers import answers_view
@@ -119,7 +119,10 @@ def _shrink(run: Run) -> str:
 def _strip(run: Run) -> Markup | None:
     if run.plan is None or not run.plan.edits:
         return None
-    edits = [(edit.start, edit.stop, len(edit.templates)) for edit in run.plan.edits]
+    taken = [edit for edit in run.plan.edits if not isinstance(edit, Silence)]
+    if not taken:
+        return None
+    edits = [(edit.start, edit.stop, len(edit.templates)) for edit in taken]
     networks = {network_words(edit) for edit in run.plan.edits if isinstance(edit, Replace)}
     return plots.layer_strip(run.plan.model.num_layers, edits, words.listed(sorted(networks)))
 

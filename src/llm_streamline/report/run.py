@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llm_streamline.errors import StreamlineError
 from llm_streamline.evaluation.result import Results
-from llm_streamline.plan import Merge, Plan, Replace
+from llm_streamline.plan import Merge, Plan, Replace, Silence
 from llm_streamline.report import words
 from llm_streamline.report.figures import size_change
 from llm_streamline.report.heatmap import Span, read_similarity
@@ -120,7 +120,8 @@ class Run:
     @property
     def spans(self) -> list[Span]:
         """The spans that the plan takes out."""
-        return [(edit.start, edit.stop) for edit in self.plan.edits] if self.plan else []
+        edits = self.plan.edits if self.plan else ()
+        return [(edit.start, edit.stop) for edit in edits if not isinstance(edit, Silence)]
 
     @property
     def candidates(self) -> list[Span]:
@@ -232,6 +233,8 @@ def _edit_words(edit: Any, name: str, total: int, first: bool) -> str:
         return f"{subject} {verb} replaced by {network_words(edit)}"
     if isinstance(edit, Merge):
         return f"{subject} {verb} merged into one"
+    if isinstance(edit, Silence):
+        return f"{subject} lost {'its' if number == 1 else 'their'} {words.sublayer(edit.part)}"
     return f"{subject} {verb} removed"
 
 
@@ -244,6 +247,13 @@ def network_words(edit: Replace) -> str:
 
 
 def _many_edits(run: Run, total: int) -> str:
+    silent = [edit for edit in run.plan.edits if isinstance(edit, Silence)]
+    removed = [edit for edit in run.plan.edits if not isinstance(edit, Silence)]
+    if silent:
+        counts = [(p, sum(e.stop - e.start for e in silent if e.part == p)) for p in ("attention", "mlp")]
+        lost = words.listed([f"{count} lost their {words.sublayer(part)}" for part, count in counts if count])
+        gone = sum(edit.stop - edit.start for edit in removed)
+        return f"Of the {total} layers of {run.base_name} {lost}" + (f", {gone} were removed" if gone else "")
     gone = sum(stop - start for start, stop in run.spans)
     replaced = sum(isinstance(edit, Replace) for edit in run.plan.edits)
     text = f"{gone} of the {total} layers of {run.base_name} were removed in {len(run.spans)} places"

@@ -97,6 +97,11 @@ def layers(start: int, stop: int) -> str:
     return f"layer {start}" if stop - start == 1 else f"layers {start}–{stop - 1}"
 
 
+def sublayer(part: str) -> str:
+    """'attention', 'MLP'."""
+    return part.upper() if part == "mlp" else part
+
+
 def plural(number: int, noun: str) -> str:
     """'1 layer', '9 layers'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
