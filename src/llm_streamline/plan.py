@@ -199,7 +199,7 @@ class Selection(FrozenModel):
     score_name: str = Field("", description="what the candidates' `score` is")
     cost: float | None = Field(
         None,
-        description="forwards of the whole model over the calibration text that the choice took; backward: two",
+        description="what the choice took, in forwards of the whole model over the calibration text",
     )
     original_loss: float | None = Field(None, description="LM loss of the original on the verification windows")
     margin: Margin | None = None

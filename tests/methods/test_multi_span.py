@@ -117,7 +117,7 @@ def test_unverified_the_cheapest_set_is_taken_and_nothing_is_tried(model):
     cost = 1 - probe.statistics().similarity
     sums = [total for sets in every_set(cost.tolist(), 4, 0, 2, 1, 0).values() for total, _ in sets]
     assert plan.selection.candidates[0].score == pytest.approx(min(sums))
-    assert probe.forward_passes == 1
+    assert probe.forward_passes == pytest.approx(8 / (8 + probe.head_layers))
 
 
 def test_what_cannot_be_met_is_refused(model):

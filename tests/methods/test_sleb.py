@@ -61,7 +61,9 @@ def test_the_cost_is_in_forwards_over_the_calibration_text(model):
     probe = probe_of(model, validation=tiny_windows(6), calibration=tiny_windows(3))
     sleb(probe, SlebConfig(num_removed=1))
     layers = 8 + sum(7 - i for i in range(1, 7))  # the original, then each candidate from where it differs
-    assert probe.forward_passes == layers * 6 / (8 * 3)
+    head = 160 / 242  # 160 x 32 weights, a layer has 2 x 32 + 3 x 32 x 48 + 2 x 32 x 32 + 2 x 32 x 16 = 242 x 32
+    assert probe.head_layers == pytest.approx(head)
+    assert probe.forward_passes == pytest.approx((layers + 7 * head) * 6 / ((8 + head) * 3))
 
 
 def test_batches_do_not_change_the_choice(model):

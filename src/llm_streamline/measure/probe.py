@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llm_streamline.arch import get_layers
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import edited_config
@@ -88,7 +89,7 @@ class Probe:
             for _, ids in batches(windows, self.batch_tokens, device):
                 for index, logits in together.run({"input_ids": ids}):
                     found[index].append(_window_means(logits, ids))
-                self.cost.forward(together.num_layers_run, ids.numel())
+                self.cost.forward(together.num_layers_run, ids.numel(), num_heads=len(plans))
                 bar.advance(len(ids))
         return [torch.cat(means) for means in found]
 
@@ -102,7 +103,7 @@ class Probe:
         count = max(1, num_tokens // self.calibration.seq_len)
         windows = Windows(input_ids=self.calibration.input_ids[:count])
         scores = taylor(self.model, windows)
-        self.cost.forward(self.facts.num_layers, windows.num_tokens)
+        self.cost.forward(self.facts.num_layers, windows.num_tokens, num_heads=1)
         self.cost.backward(self.facts.num_layers, windows.num_tokens)
         return scores
 
@@ -120,10 +121,16 @@ class Probe:
 
     @property
     def forward_passes(self) -> float | None:
-        """What was asked so far, in forwards of the whole model over the calibration text; a backward counts as two."""
+        """What was asked so far, in forwards of the whole model over the calibration text; see `measure/cost.py`."""
         if self.calibration is None:
             return None
-        return self.cost.passes(self.facts.num_layers, self.calibration.num_tokens)
+        return self.cost.passes(self.facts.num_layers, self.head_layers, self.calibration.num_tokens)
+
+    @property
+    def head_layers(self) -> float:
+        """How many layers have as many parameters as the head."""
+        per_layer = sum(p.numel() for p in get_layers(self.model).parameters()) / self.facts.num_layers
+        return self.model.get_output_embeddings().weight.numel() / per_layer
 
     def _variant(self, plan: Plan) -> Variant:
         patches = plan_patches(self.model, plan, self.start(plan), self.model.dtype, self._silent)

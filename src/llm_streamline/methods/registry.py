@@ -24,7 +24,7 @@ _NOT_METHODS = {"registry", "choosing", "single_layers"}
 class MethodConfig(FrozenModel):
     """What every method is told. Subclasses add the method's own options."""
 
-    num_removed: PositiveInt = Field(description="layers that leave the model")
+    num_removed: PositiveInt = Field(description="layers (of some methods: sublayers) that leave the model")
     network: Network | None = Field(None, description="what is put in their place; None: nothing")
     verify: NonNegativeInt = Field(5, description="candidates tried by held-out LM loss; 0 trusts the score alone")
 
