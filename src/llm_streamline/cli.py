@@ -326,6 +326,10 @@ def leaderboard(
     tasks: Annotated[
         list[str] | None, typer.Option("--tasks", help="Multiple-choice file or task; repeatable.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE, a recipe key for every run (evaluation.tokens=16384); repeatable."),
+    ] = None,
     device: o.DeviceOption = None,
     retry: Annotated[bool, typer.Option("--retry", help="Also what was refused or failed before.")] = False,
     keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Leave the checkpoints in OUT/runs.")] = False,
@@ -342,13 +346,20 @@ def leaderboard(
         return
     if out is None:
         raise ConfigError("leaderboard wants -o FOLDER beside a specification")
+    from llm_streamline.leaderboard.board import read_settings
     from llm_streamline.leaderboard.make import make_leaderboard
 
-    given = {"text.sources": text, "evaluation.perplexity": perplexity, "evaluation.tasks": tasks, "device": device}
+    given = {
+        **read_settings(settings or []),
+        "text.sources": text,
+        "evaluation.perplexity": perplexity,
+        "evaluation.tasks": tasks,
+        "device": device,
+    }
     made = make_leaderboard(
         spec,
         out,
-        overrides={key: value for key, value in given.items() if value},
+        overrides={key: value for key, value in given.items() if value is not None and value != []},
         only=only or [],
         limit_minutes=limit_minutes,
         retry=retry,

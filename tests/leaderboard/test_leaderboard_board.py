@@ -6,7 +6,7 @@ import pytest
 
 from llm_streamline.config import load_recipe
 from llm_streamline.errors import ConfigError
-from llm_streamline.leaderboard.board import Board, chosen_entries, entries_of, load_board
+from llm_streamline.leaderboard.board import Board, chosen_entries, entries_of, load_board, read_settings
 
 SHIPPED = Path(__file__).parent.parent.parent / "benchmarks" / "leaderboard.yaml"
 BOARD = """
@@ -125,6 +125,14 @@ def test_the_saved_recipe_says_no_more_than_was_asked_for(place, tmp_path):
     named = expanded(place, {"replacement.kind": "layer"})[0]
     assert named.recipe == entry.recipe
     assert named.key("model") != entry.key("model")
+
+
+def test_settings_from_the_command_line():
+    found = read_settings(["evaluation.tokens=16384", "training.objective={kl: 1.0}", "replacement.kind=none"])
+    assert found == {"evaluation.tokens": 16384, "training.objective": {"kl": 1.0}, "replacement.kind": "none"}
+    for term in ("evaluation.tokens", "=3", "a={b"):
+        with pytest.raises(ConfigError, match="--set"):
+            read_settings([term])
 
 
 def test_a_missing_specification_is_refused(tmp_path):

@@ -233,6 +233,7 @@ def test_the_exit_code_tells_how_a_run_ended(ending, tmp_path):
     refusal = ending("print('PlanError: too many', file=sys.stderr); sys.exit(2)")
     assert refusal == Ending("refused", "PlanError: too many")
     assert ending("sys.exit(1)") == Ending("failed", "a word")
+    assert ending("sys.exit(143)").status == "pending"
     killed = ending("os.kill(os.getpid(), signal.SIGKILL)")
     assert killed == Ending("failed", "killed by SIGKILL (out of memory?)")
 

@@ -191,6 +191,24 @@ def chosen_entries(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]
     return found
 
 
+def read_settings(given: Sequence[str]) -> dict[str, Any]:
+    """Read `KEY=VALUE` as recipe keys; values are YAML.
+
+    Raises:
+        ConfigError: if one has no `=` or its value is no YAML.
+    """
+    found = {}
+    for term in given:
+        key, equals, value = term.partition("=")
+        if not (key.strip() and equals):
+            raise ConfigError(f"--set {term}: write KEY=VALUE, as in evaluation.tokens=16384")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {term}: '{value}' is no YAML value") from None
+    return found
+
+
 def _files(recipe: Recipe) -> list[str]:
     """The local files whose content a run depends on."""
     specs = [*recipe.text.sources, *recipe.evaluation.perplexity]

@@ -20,7 +20,8 @@ from llm_streamline.leaderboard.records import Record, Shelf, Status
 from llm_streamline.logs import get_logger, progress_bar
 from llm_streamline.output import is_complete
 
-_GRACE_SECONDS = 30.0  # for a run that was asked to stop
+_GRACE_SECONDS = 120.0  # for a run that was asked to stop: it finishes its step and saves it
+_TOLD_TO_STOP = (130, 143)  # exit codes of a run that a signal ended in good order
 log = get_logger()
 
 
@@ -152,6 +153,8 @@ def in_process_of_its_own(entry: Entry, recipe: Path, out: Path, log_file: Path,
             raise
     if code == 0:
         return Ending("done")
+    if code in _TOLD_TO_STOP:
+        return Ending("pending", "stopped by a signal; the next call goes on where it was")
     if code < 0:
         return Ending("failed", f"killed by {_signal_name(-code)}")
     return Ending("refused" if code == 2 else "failed", _last_line(log_file))
