@@ -25,7 +25,7 @@ from llm_streamline.plan import Init, Network
 from llm_streamline.schema import FrozenModel, did_you_mean, parse
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-REPLACEMENTS = ("none", "layer", "ffn", "swiglu", "linear")
+REPLACEMENTS = ("none", "layer", "ffn", "swiglu", "linear", "patch", "bias", "scale")
 OBJECTIVES = ("mse", "hidden", "lm", "kl")
 RUNGS = ("replacement", "lora", "head", "norms", "full")
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -123,7 +123,9 @@ class SelectionConfig(FrozenModel):
 class ReplacementConfig(FrozenModel):
     """What is put in place of the span."""
 
-    kind: Literal["none", "layer", "ffn", "swiglu", "linear"] = "layer"
+    kind: Literal["none", "layer", "ffn", "swiglu", "linear", "patch", "bias", "scale"] = Field(
+        "layer", description="patch, bias and scale correct the state behind the layer before the span"
+    )
     count: PositiveInt = Field(1, description="decoder layers put back, for kind `layer`")
     init: Init = Field("best", description="start of the weights; `best` tries all of them on validation text")
     residual: bool = Field(True, description="False reproduces the paper's networks, which learn the identity too")
@@ -132,7 +134,13 @@ class ReplacementConfig(FrozenModel):
     ridge: PositiveFloat = Field(
         0.1, description="closed form: pull toward plain removal, relative to the mean squared input"
     )
-    fit_tokens: PositiveInt = Field(32_768, description="closed form: training tokens the least squares is solved on")
+    fit_tokens: PositiveInt = Field(32_768, description="training tokens that a start is fitted on")
+    fit_weighting: Literal["relative", "uniform", "skip_first"] = Field(
+        "relative",
+        description="relative: error over target, token by token; uniform: the papers'; skip_first: no first",
+    )
+    fit_epochs: PositiveInt = Field(10, description="init cosine: times the fitted tokens are gone through")
+    fit_learning_rate: PositiveFloat = Field(1e-4, description="init cosine: Adam's, for every 1,024 tokens")
 
     @model_validator(mode="after")
     def _check(self) -> "ReplacementConfig":

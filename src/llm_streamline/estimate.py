@@ -50,6 +50,7 @@ def preview_plan(
     """
     layers = [sum(p.numel() for p in layer.parameters()) for layer in get_layers(model)]
     kept = sum(layers[i] for i in plan.layer_sources())
+    kept += sum(plan.model.hidden_size**2 for e in plan.edits if isinstance(e, Replace) and e.network.kind == "patch")
     after = size.parameters - sum(layers) + kept
     cache_share = plan.num_layers_after / plan.model.num_layers
     # the input embedding is looked up, not multiplied; a tied one is the head as well
@@ -162,4 +163,4 @@ def _reach(plan: Plan, training: TrainingConfig) -> tuple[int, float, bool]:
 
 def _trained_layers(network: Network) -> float:
     # a linear map is d x d: small beside a layer, but its backward runs
-    return network.count if network.kind != "linear" else 0.1
+    return 0.1 if network.follows_a_layer else network.count

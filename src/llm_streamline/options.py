@@ -60,7 +60,9 @@ TrainTokensOption = Annotated[
 SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens in a window.", rich_help_panel=_TEXT)]
 ReplacementOption = Annotated[
     str | None,
-    typer.Option("--replacement", help="none, layer, ffn, swiglu or linear.", rich_help_panel=_NETWORK),
+    typer.Option(
+        "--replacement", help="none, layer, ffn, swiglu, linear, patch, bias or scale.", rich_help_panel=_NETWORK
+    ),
 ]
 ObjectiveOption = Annotated[
     str | None,

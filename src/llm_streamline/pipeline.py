@@ -125,15 +125,16 @@ def apply_plan(
 ) -> Outcome:
     """Edit the model as the plan says, train nothing, save and prove the checkpoint.
 
-    A network starts as its plan says where that needs no text; `best` and `closed_form` start as a copy or as plain
-    removal.
+    A network starts as its plan says where that needs no text; `best` starts as a copy or as plain removal, and so does
+    the `closed_form` of a network of layers.
 
     Raises:
-        PlanError: the plan was made for another model.
+        PlanError: the plan was made for another model, or its networks are nothing until they are fitted to text.
         ProofError: the saved checkpoint does not behave like the model in memory.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     recipe = recipe or Recipe()
+    _check_needs_no_text(plan)
     source, loaded = _begin_from_plan(plan, model, out, recipe, with_text=False)
     preview = _preview(loaded, plan, recipe, None)
     untrained = stages.Trained(stages.untrained(loaded, plan, recipe.seed), None, None)
@@ -274,6 +275,15 @@ def _begin_from_plan(
     loaded = stages.load_original(source, recipe)
     plan.check_fits(stages.model_facts(loaded))
     return source, loaded
+
+
+def _check_needs_no_text(plan: Plan) -> None:
+    for edit in plan.edits:
+        if isinstance(edit, Replace) and edit.network.is_fitted:
+            raise PlanError(
+                f"the {edit.network.kind} in place of [{edit.start}, {edit.stop}) is fitted to text "
+                f"({edit.network.init}), and apply reads none; use `llm-streamline train PLAN MODEL --train-tokens 0`"
+            )
 
 
 def _preview(loaded: LoadedModel, plan: Plan, recipe: Recipe, statistics: Statistics | None) -> Preview:

@@ -16,9 +16,20 @@ from llm_streamline.errors import PlanError
 from llm_streamline.schema import FrozenModel, parse
 
 PLAN_VERSION = 1
-NetworkKind = Literal["layer", "ffn", "swiglu", "linear"]
+NetworkKind = Literal["layer", "ffn", "swiglu", "linear", "patch", "bias", "scale"]
 Part = Literal["attention", "mlp"]
-Init = Literal["first", "last", "middle", "average", "random", "identity", "closed_form", "best"]
+Init = Literal[
+    "first", "last", "middle", "average", "random", "identity", "best",
+    "closed_form", "cosine", "hadamard", "mean", "magnitude",
+]  # fmt: skip
+# kinds that add no layer: they change what the layer before the span puts out, and the starts they have
+_MAP_INITS = {
+    "linear": ("first", "random", "identity", "best", "closed_form", "cosine"),
+    "patch": ("random", "identity", "best", "closed_form", "cosine", "hadamard"),
+    "bias": ("identity", "best", "mean"),
+    "scale": ("identity", "best", "magnitude"),
+}
+_FITTED = ("closed_form", "cosine", "hadamard", "mean", "magnitude")
 
 
 class ModelFacts(FrozenModel):
@@ -36,7 +47,7 @@ class Network(FrozenModel):
     """The lightweight network trained in place of a span (LLM-Streamline, section "layer replacement")."""
 
     kind: NetworkKind
-    count: PositiveInt = Field(1, description="decoder layers put back; always 1 for ffn and swiglu, unused for linear")
+    count: PositiveInt = Field(1, description="decoder layers put back; always 1 for all other kinds")
     init: Init = Field("first", description="start of the weights; `best` tries all on held-out text")
     residual: bool = Field(True, description="False reproduces the paper's FFN, which learns the identity as well")
     width: PositiveInt | None = Field(None, description="hidden width of an ffn; default: the model's own MLP width")
@@ -52,12 +63,27 @@ class Network(FrozenModel):
             raise ValueError(f"a network without residual has no {self.init} start; use init: random or closed_form")
         if self.kind != "ffn" and (self.width is not None or self.activation is not None):
             raise ValueError("width and activation are for kind 'ffn' only")
+        inits = _MAP_INITS.get(self.kind)
+        if inits is None and self.init in ("cosine", "hadamard", "mean", "magnitude"):
+            raise ValueError(f"a {self.kind} has no start '{self.init}'")
+        if inits is not None and self.init not in inits:
+            raise ValueError(f"a {self.kind} has no start '{self.init}'; use {', '.join(inits)}")
         return self
 
     @property
+    def follows_a_layer(self) -> bool:
+        """Whether it corrects what the layer before the span puts out, instead of being a layer."""
+        return self.kind in _MAP_INITS
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it is nothing but plain removal until it has been fitted to text."""
+        return self.follows_a_layer and self.init in _FITTED
+
+    @property
     def num_layers_added(self) -> int:
-        """Entries of the layer list that the network occupies: 0 for a linear map, which is folded away."""
-        return 0 if self.kind == "linear" else self.count
+        """Entries of the layer list that the network occupies: 0 for what corrects the layer before the span."""
+        return 0 if self.follows_a_layer else self.count
 
 
 class Remove(FrozenModel):
@@ -93,8 +119,11 @@ class Replace(FrozenModel):
             )
         if any(not self.start <= index < self.stop for index in self.templates):
             raise ValueError(f"templates must lie in the span [{self.start}, {self.stop}), got {self.templates}")
-        if self.network.kind == "linear" and self.start == 0:
-            raise ValueError("a linear map is folded into the layer before the span; a span starting at 0 has none")
+        if self.network.follows_a_layer and self.start == 0:
+            raise ValueError(
+                f"a network of kind {self.network.kind} corrects the layer before the span; "
+                "a span starting at 0 has none"
+            )
         return self
 
 
@@ -216,7 +245,7 @@ class Plan(FrozenModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Plan":
-        previous_stop, num_layers, silent = 0, self.model.num_layers, set()
+        previous_stop, num_layers, silent, after_silence = 0, self.model.num_layers, set(), False
         for edit in self.edits:
             name = f"{edit.kind} [{edit.start}, {edit.stop})"
             if edit.start >= edit.stop:
@@ -230,8 +259,19 @@ class Plan(FrozenModel):
                 raise ValueError(f"{name} overlaps the edit before it or is out of order; spans must ascend")
             if isinstance(edit, Replace) and edit.network.kind == "linear" and edit.start - 1 in silent:
                 raise ValueError(f"{name}: a linear map is folded into layer {edit.start - 1}, whose MLP is silenced")
+            if (
+                isinstance(edit, Replace)
+                and edit.network.follows_a_layer
+                and edit.start == previous_stop
+                and not (edit.network.kind == "linear" and after_silence)
+            ):
+                raise ValueError(
+                    f"{name} begins where the edit before it ends, so that no layer of the original stands before "
+                    f"it for a {edit.network.kind} to correct; make the two spans one"
+                )
             if isinstance(edit, Silence) and edit.part == "mlp":
                 silent |= set(edit.templates)
+            after_silence = isinstance(edit, Silence)
             previous_stop = edit.stop
         if not self.layer_sources():
             raise ValueError("the edits remove every layer; at least one must stay")
@@ -323,6 +363,11 @@ def _span_name(edit: Edit) -> str:
 def _network_name(network: Network) -> str:
     if network.kind == "layer":
         return "one decoder layer" if network.count == 1 else f"{network.count} decoder layers"
-    return {"ffn": "an FFN", "swiglu": "a SwiGLU", "linear": "a linear map (folded into the layer before)"}[
-        network.kind
-    ]
+    return {
+        "ffn": "an FFN",
+        "swiglu": "a SwiGLU",
+        "linear": "a linear map (folded into the layer before)",
+        "patch": "a linear patch of the residual stream",
+        "bias": "a constant",
+        "scale": "a factor",
+    }[network.kind]

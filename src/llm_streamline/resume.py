@@ -131,9 +131,7 @@ def install_and_prove(loaded: LoadedModel, plan: Plan, trained: stages.Trained, 
     """
     log.info("saving and proving the checkpoint")
     model = loaded.model
-    install_plan(model, plan, trained.replacements)
-    if trained.healed is not None:
-        trained.healed.install(model)
+    install_plan(model, plan, trained.replacements, trained.healed)
     save_checkpoint(model, loaded.tokenizer, out, extra_files=shipped_files(model))
     proof = prove_checkpoint(out, model, loaded.tokenizer, against_text=texts, own_code=needs_code(model))
     proof.raise_if_failed()

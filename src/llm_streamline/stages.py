@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from llm_streamline.training.heal import Healed, check_healing
 from llm_streamline.training.student import Student
 from llm_streamline.training.trainer import train_student
 
+_TRIAL_FIT_TOKENS = 8_192  # that a network is fitted on while plans are compared
 log = get_logger()
 
 
@@ -106,7 +107,7 @@ def check_wishes(loaded: LoadedModel, recipe: Recipe) -> None:
         config.check_fits(facts.num_layers)
         if found.check:
             found.check(loaded.model, config)
-        first = 1 if network and network.kind == "linear" else 0  # folded into the layer before
+        first = 1 if network and network.follows_a_layer else 0  # there must be a layer before
         span = (first, min(first + size.num_removed, facts.num_layers))
     if network:  # built once for any span, to hear now whether this architecture can hold it
         edit = Replace(start=span[0], stop=span[1], network=network, templates=templates_for(network, *span))
@@ -215,7 +216,7 @@ def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, w
         facts=facts,
         measure=get_statistics,
         validation=_first(windows["validation"], recipe.selection.verify_tokens),
-        start=lambda plan: untrained(loaded, plan, recipe.seed),
+        start=lambda plan: _started(loaded, plan, recipe, windows),
         batch_tokens=recipe.calibration.batch_tokens,
         seed=recipe.seed,
         calibration=windows["calibration"],
@@ -301,6 +302,17 @@ def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Wi
         )
         history["forward_tokens"] = training_forward_tokens(loaded.model, plan, training, history["tokens"])
     return Trained(replacements, healed, history)
+
+
+def _started(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Windows]) -> list[Replacement]:
+    """The plan's networks as training would start them, to compare plans: fitted to a little text where they are
+    nothing without it, otherwise at a start that costs nothing.
+    """
+    if not any(isinstance(edit, Replace) and edit.network.is_fitted for edit in plan.edits):
+        return untrained(loaded, plan, recipe.seed)
+    settings = StartSettings.of(recipe.replacement, recipe.calibration.batch_tokens, recipe.seed)
+    settings = replace(settings, fit_tokens=min(settings.fit_tokens, _TRIAL_FIT_TOKENS), epochs=1)
+    return begin(loaded.model, plan, windows["train"], windows["validation"], settings)[0]
 
 
 def untrained(loaded: LoadedModel, plan: Plan, seed: int) -> list[Replacement]:

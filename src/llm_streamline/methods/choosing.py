@@ -21,8 +21,8 @@ def layers_put_back(network: Network | None) -> int:
 
 
 def lowest_start(network: Network | None) -> int:
-    """First layer at which a span may start: a linear map is folded into the layer before it."""
-    return 1 if network and network.kind == "linear" else 0
+    """First layer at which a span may start: some networks correct what the layer before it puts out."""
+    return 1 if network and network.follows_a_layer else 0
 
 
 def spans_plan(facts: ModelFacts, network: Network | None, spans: Iterable[Span]) -> Plan:
@@ -45,6 +45,21 @@ def refuse_network(method: str, network: Network | None) -> None:
     """Raise ValueError, for a config's validator, when a method of single layers is to put a network back."""
     if network is not None:
         raise ValueError(f"{method} removes single layers and puts nothing in their place; use `--replacement none`")
+
+
+def require_network(method: str, network: Network | None, kind: str, inits: Sequence[str]) -> None:
+    """Raise ValueError, for a config's validator, when a method that is its network is to put another one back."""
+    if network is None or network.kind != kind or network.init not in inits:
+        got = "nothing" if network is None else f"a {network.kind} with init {network.init}"
+        raise ValueError(
+            f"{method} puts a {kind} in place of what it removes, started by {' or '.join(inits)}, not {got}; leave "
+            f"--replacement out, or set replacement.kind: {kind} and replacement.init: {inits[0]}"
+        )
+
+
+def signed(plan: Plan, method: str) -> Plan:
+    """A plan whose choice another method made for this one."""
+    return plan.model_copy(update={"selection": plan.selection.model_copy(update={"method": method})})
 
 
 def unprotected(num_layers: int, num_removed: int, first: int, last: int) -> list[int]:

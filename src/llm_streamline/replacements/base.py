@@ -33,6 +33,11 @@ class Replacement(nn.Module, ABC):
         self.resume_at = self.position
         self.out = self.position + len(edit.templates)
 
+    @property
+    def install_order(self) -> int:
+        """0: weights of its own; larger: added to the weights that stand there after all smaller ones and healing."""
+        return 0
+
     @abstractmethod
     def patches(self) -> dict[int, nn.Module]:
         """Position in the edited model -> module to stand there while the replacement is trained."""

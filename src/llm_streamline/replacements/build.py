@@ -1,5 +1,7 @@
 """From a plan's edits to replacement networks, and from trained networks to an edited model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.layer import LayerReplacement, SilencedLayerReplacement
 from llm_streamline.replacements.linear import LinearReplacement
 from llm_streamline.replacements.mlp import MlpReplacement
+from llm_streamline.replacements.stream import StreamReplacement
 from llm_streamline.surgery import apply_plan
 
 
@@ -27,6 +30,8 @@ def _build(model: nn.Module, plan: Plan, edit: Replace) -> Replacement:
         return LayerReplacement(model, plan, edit, arch)
     if network.kind == "linear":
         return LinearReplacement(model, plan, edit, arch)
+    if network.follows_a_layer:
+        return StreamReplacement(model, plan, edit, arch)
     facts = mlp_facts(get_layers(model)[edit.templates[0]], arch)
     own_mlp = facts.kind == ("gated" if network.kind == "swiglu" else "plain")
     own_shape = network.width in (None, facts.width) and network.activation in (None, facts.activation)
@@ -36,8 +41,20 @@ def _build(model: nn.Module, plan: Plan, edit: Replace) -> Replacement:
 
 
 @torch.no_grad()
-def install_plan(model: nn.Module, plan: Plan, replacements: list[Replacement]) -> None:
-    """Edit `model` in place: the structure by the plan, then the trained networks' weights."""
+def install_plan(model: nn.Module, plan: Plan, replacements: list[Replacement], healed: Any = None) -> None:
+    """Edit `model` in place: the structure by the plan, then the trained networks' weights.
+
+    Args:
+        model: the original.
+        plan: what is done to it.
+        replacements: the plan's networks.
+        healed: `training.heal.Healed`, the original's own weights that were trained beside them; None: none.
+    """
     apply_plan(model, plan)
-    for replacement in replacements:
+    ordered = sorted(replacements, key=lambda replacement: replacement.install_order)
+    for replacement in (r for r in ordered if r.install_order == 0):
+        replacement.install(model)
+    if healed is not None:
+        healed.install(model)
+    for replacement in (r for r in ordered if r.install_order > 0):
         replacement.install(model)

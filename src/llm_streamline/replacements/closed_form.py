@@ -22,6 +22,7 @@ from llm_streamline.measure.stream import batches
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.linear import LinearReplacement
+from llm_streamline.replacements.stream import StreamReplacement
 
 
 @dataclass
@@ -43,9 +44,10 @@ class Moments:
 
     def update(self, a: Tensor, r: Tensor, weight: Tensor) -> None:
         """Add tokens: a (N, f), r (N, d), weight (N,), all float32."""
-        weighted = a * weight.unsqueeze(1)
-        self.aa += (weighted.T @ a).to(self.aa)
-        self.ar += (weighted.T @ r).to(self.ar)
+        a, r = a.to(self.aa), r.to(self.aa)  # a product in float32 loses what a small ridge must still see
+        weighted = a * weight.to(self.aa).unsqueeze(1)
+        self.aa += weighted.T @ a
+        self.ar += weighted.T @ r
         self.count += len(a)
 
     def solve(self, ridge: float, prior: Tensor | None = None) -> Tensor:
@@ -71,11 +73,12 @@ def solve_output_projection(
     windows: Windows,
     batch_tokens: int,
     ridge: float,
+    weighting: str = "relative",
 ) -> None:
     """Set the last linear map of `replacements[index]` by ridge regression, in place; all else stays as it is.
 
-    Each token counts by the inverse of its target's mean square, so that the massive activation of a first token does
-    not rule the sums (specifications: findings 2).
+    By default each token counts by the inverse of its target's mean square, so that the massive activation of a first
+    token does not rule the sums (specifications: findings 2).
 
     Args:
         model: the original.
@@ -85,13 +88,14 @@ def solve_output_projection(
         windows: training windows.
         batch_tokens: tokens run at once.
         ridge: see `Moments.solve`.
+        weighting: see `row_weights`.
 
     Raises:
         ArchitectureError: if the network's output is not linear in its last map.
     """
     replacement = replacements[index]
-    _check_linear(model, replacement)
-    scale = getattr(text_config(model.config), "residual_multiplier", 1.0)
+    check_linear(model, replacement)
+    scale = output_scale(model, replacement)
     projection = replacement.output_projection()
     has_bias = getattr(projection, "bias", None) is not None
     transposed = not isinstance(projection, nn.Linear)  # GPT-2 stores (in, out)
@@ -114,11 +118,11 @@ def solve_output_projection(
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
                     own, _ = resumed.run(inputs, states[resume_at], replacement.out)
                 a = seen["a"].float().flatten(0, -2)  # OPT joins windows and tokens before its MLP
+                weight = row_weights(states[stop].float(), weighting).flatten()
                 target = states[stop].float().flatten(0, 1)
                 without = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
                 if has_bias:
                     a = torch.cat([a, torch.ones(len(a), 1, device=device)], dim=1)
-                weight = 1 / target.square().mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
                 moments.update(a, (target - without) / scale, weight)
                 bar.advance(len(ids))
     finally:
@@ -131,7 +135,33 @@ def solve_output_projection(
         projection.bias.copy_(solution[:, -1])
 
 
-def _check_linear(model: nn.Module, replacement: Replacement) -> None:
+def row_weights(target: Tensor, weighting: str) -> Tensor:
+    """How much each token counts in a sum of squares: (B, T, d) states behind the span -> (B, T).
+
+    Args:
+        target: the original's states.
+        weighting: uniform: alike, as in the papers; relative: by the inverse of the target's mean square; skip_first:
+            alike, without the first token of a window.
+    """
+    if weighting == "relative":
+        return 1 / target.square().mean(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    weights = torch.ones(target.shape[:-1], dtype=target.dtype, device=target.device)
+    if weighting == "skip_first":
+        weights[:, 0] = 0
+    return weights
+
+
+def output_scale(model: nn.Module, replacement: Replacement) -> float:
+    """Factor between what the output projection puts out and what it adds to the stream (Granite's layers)."""
+    if isinstance(replacement, StreamReplacement):
+        return 1.0
+    return getattr(text_config(model.config), "residual_multiplier", 1.0)
+
+
+def check_linear(model: nn.Module, replacement: Replacement) -> None:
+    """Raise ArchitectureError if the state behind the network is not linear in its output projection."""
+    if isinstance(replacement, StreamReplacement):
+        return
     layer = get_layers(model)[
         replacement.edit.templates[0] if replacement.edit.templates else replacement.edit.start - 1
     ]

@@ -67,7 +67,7 @@ class MlpReplacement(Replacement):
     def install(self, model: nn.Module) -> None:
         """Put the network into `model`: as a stock layer where that is exact, otherwise as the module itself."""
         if self._fits_stock_layer(model):
-            _add_mlp_biases(model, self.arch)
+            add_mlp_biases(model, self.arch)
             self._fill(layers_at(model, self)[0])
             return
         dtype, device = model.dtype, next(layers_at(model, self)[0].parameters()).device
@@ -107,7 +107,7 @@ class MlpReplacement(Replacement):
 
 
 @torch.no_grad()
-def _add_mlp_biases(model: nn.Module, arch: ArchSpec) -> None:
+def add_mlp_biases(model: nn.Module, arch: ArchSpec) -> None:
     """Turn on `mlp_bias`: a zero bias in every MLP projection changes nothing, and one layer needs its own."""
     text_config(model.config).mlp_bias = True
     for layer in get_layers(model):

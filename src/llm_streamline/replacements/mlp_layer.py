@@ -1,10 +1,13 @@
-"""An FFN or a bare MLP standing where a decoder layer was. Shapes: B batch, T tokens, d width, w inner width.
+"""What stands in a model where no stock layer does: an FFN or bare MLP in place of a layer, a correction behind one.
+
+Shapes: B batch, T tokens, d width, w inner width.
 
 This file is also shipped, as it is, inside checkpoints whose replacement no stock layer can express: it must import
 nothing but torch and transformers.
 """
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -43,6 +46,48 @@ class MlpLayer(nn.Module):
         if self.residual:
             output = hidden_states + output
         return (output, None) if self.returns_tuple else output
+
+
+class StreamMap(nn.Module):
+    """A correction of the residual stream, (B, T, d) -> (B, T, d): h + M h, h + b or e^s h; the identity at first."""
+
+    def __init__(self, kind: str, hidden_size: int):
+        super().__init__()
+        if kind == "patch":
+            self.map = nn.Linear(hidden_size, hidden_size, bias=False)
+            nn.init.zeros_(self.map.weight)
+        elif kind == "bias":
+            self.bias = nn.Parameter(torch.zeros(hidden_size))
+        else:
+            self.log_scale = nn.Parameter(torch.zeros(1))  # a factor of zero or less would turn the state around
+        self.kind = kind
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the correction."""
+        if self.kind == "patch":
+            return hidden_states + self.map(hidden_states)
+        if self.kind == "bias":
+            return hidden_states + self.bias.to(hidden_states.dtype)
+        return hidden_states * self.log_scale.exp().to(hidden_states.dtype)
+
+
+def add_stream_map(layer: nn.Module, stream_map: StreamMap) -> None:
+    """Let `layer` pass what it puts out through a map, in place; its own weights keep their names."""
+    layer.streamline_map = stream_map
+    layer.__class__ = _corrected(type(layer))
+
+
+@functools.cache
+def _corrected(base: type) -> type:
+    class Corrected(base):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if isinstance(output, tuple):
+                return (self.streamline_map(output[0]), *output[1:])
+            return self.streamline_map(output)
+
+    Corrected.__name__, Corrected.__qualname__ = base.__name__, base.__qualname__  # some code goes by the name
+    return Corrected
 
 
 def build_mlp_layer(settings: dict, layer: nn.Module, hidden_size: int) -> MlpLayer:

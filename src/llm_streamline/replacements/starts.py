@@ -16,6 +16,7 @@ from llm_streamline.layer_config import text_config
 from llm_streamline.replacements.base import Replacement, copy_weights
 from llm_streamline.replacements.layer import LayerReplacement, SilencedLayerReplacement
 from llm_streamline.replacements.linear import LinearReplacement
+from llm_streamline.replacements.stream import StreamReplacement
 
 SIMPLE_STARTS = ("first", "last", "middle", "average", "random", "identity")
 
@@ -74,6 +75,9 @@ def quick_start(replacement: Replacement, model: nn.Module, seed: int) -> None:
 def _make_identity(replacement: Replacement) -> None:
     if isinstance(replacement, LinearReplacement):
         nn.init.eye_(replacement.mapped.map.weight)
+    elif isinstance(replacement, StreamReplacement):
+        for parameter in replacement.map.parameters():
+            parameter.zero_()
     elif isinstance(replacement, SilencedLayerReplacement):
         silence_mlp(replacement.layers[0], replacement.arch)
     elif isinstance(replacement, LayerReplacement):

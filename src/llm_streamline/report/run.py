@@ -243,7 +243,14 @@ def network_words(edit: Replace) -> str:
     network = edit.network
     if network.kind == "layer":
         return "one decoder layer" if network.count == 1 else f"{network.count} decoder layers"
-    return {"ffn": "a feed-forward network", "swiglu": "a SwiGLU network", "linear": "a linear map"}[network.kind]
+    return {
+        "ffn": "a feed-forward network",
+        "swiglu": "a SwiGLU network",
+        "linear": "a linear map",
+        "patch": "a linear patch",
+        "bias": "a constant",
+        "scale": "a factor",
+    }[network.kind]
 
 
 def _many_edits(run: Run, total: int) -> str:

@@ -55,8 +55,8 @@ class Task:
         if self.network.kind == "layer":
             return (template,) * self.network.count
         d = self.shape.hidden_size
-        if self.network.kind == "linear":
-            matrices, widths = d * d, d
+        if self.network.follows_a_layer:
+            matrices, widths = (d * d if self.network.kind in ("linear", "patch") else d), d
         else:
             widths = self.network.width or template.inner
             matrices = (2 if self.network.kind == "ffn" else 3) * d * widths
@@ -70,9 +70,10 @@ class Task:
 
     @property
     def parameters_after(self) -> int:
-        """Parameters of the result; a linear map is folded away."""
+        """Parameters of the result; what corrects a layer is folded away, but for a patch."""
         gone = sum(layer.parameters for layer in self.shape.layers[self.start : self.stop])
-        back = 0 if self.network is None or self.network.kind == "linear" else self.parameters_trained
+        folded = self.network is None or (self.network.follows_a_layer and self.network.kind != "patch")
+        back = 0 if folded else self.parameters_trained
         return self.shape.parameters - gone + back
 
 

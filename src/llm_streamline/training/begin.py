@@ -13,7 +13,7 @@ from llm_streamline.logs import get_logger
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.build import build_replacements
-from llm_streamline.replacements.closed_form import solve_output_projection
+from llm_streamline.replacements.fits import FitSettings, fit, fitted_starts
 from llm_streamline.replacements.starts import available_starts, set_start
 from llm_streamline.training.student import Student
 
@@ -29,11 +29,22 @@ class StartSettings:
     fit_tokens: int
     batch_tokens: int
     seed: int
+    weighting: str = "relative"
+    epochs: int = 10
+    learning_rate: float = 1e-4
 
     @classmethod
     def of(cls, config: ReplacementConfig, batch_tokens: int, seed: int) -> "StartSettings":
         """Read the settings off a recipe."""
-        return cls(config.ridge, config.fit_tokens, batch_tokens, seed)
+        return cls(
+            config.ridge,
+            config.fit_tokens,
+            batch_tokens,
+            seed,
+            config.fit_weighting,
+            config.fit_epochs,
+            config.fit_learning_rate,
+        )
 
 
 def begin(
@@ -61,9 +72,9 @@ def begin(
         if init == "best":
             found = _best(model, plan, replacements, index, windows, validation, settings)
             trials.update(found if len(replacements) == 1 else {f"{index}: {k}": v for k, v in found.items()})
-        elif init == "closed_form":
+        elif init in fitted_starts(replacement):
             _base_for_closed_form(replacement, model, settings.seed)
-            _solve(model, plan, replacements, index, windows, settings)
+            _fit(model, plan, replacements, index, init, windows, settings)
         else:
             set_start(replacement, model, init, settings.seed)
     return replacements, trials
@@ -95,14 +106,17 @@ def _best(
         judge(name)
     copies = [name for name in losses if name not in ("identity", "random")]
     base = min(copies, key=losses.__getitem__) if copies else None
-    replacement.load_state_dict(states[base] if base else fresh)
-    try:
-        if base is None:
-            _base_for_closed_form(replacement, model, settings.seed)
-        _solve(model, plan, replacements, index, windows, settings)
-        judge(f"closed_form on {base}" if base else "closed_form")
-    except ArchitectureError as problem:
-        log.info("%s", problem)
+    for name in fitted_starts(replacement):
+        if name == "cosine":
+            continue  # needs many times the tokens of all others
+        replacement.load_state_dict(states[base] if base else fresh)
+        try:
+            if base is None:
+                _base_for_closed_form(replacement, model, settings.seed)
+            _fit(model, plan, replacements, index, name, windows, settings)
+            judge(f"{name} on {base}" if base else name)
+        except ArchitectureError as problem:
+            log.info("%s", problem)
     replacement.load_state_dict(states[min(losses, key=losses.__getitem__)])
     return losses
 
@@ -113,16 +127,20 @@ def _base_for_closed_form(replacement: Replacement, model: nn.Module, seed: int)
         set_start(replacement, model, "random", seed)
 
 
-def _solve(
+def _fit(
     model: nn.Module,
     plan: Plan,
     replacements: list[Replacement],
     index: int,
+    init: str,
     windows: Windows,
     settings: StartSettings,
 ) -> None:
     part = _first_tokens(windows, settings.fit_tokens)
-    solve_output_projection(model, plan, replacements, index, part, settings.batch_tokens, settings.ridge)
+    how = FitSettings(
+        settings.batch_tokens, settings.ridge, settings.weighting, settings.epochs, settings.learning_rate
+    )
+    fit(model, plan, replacements, index, init, part, how)
 
 
 def _heldout_loss(
