@@ -10,7 +10,8 @@ from folders import tiny_folder
 
 from llm_streamline import proof
 from llm_streamline.config import load_recipe
-from llm_streamline.pipeline import compress
+from llm_streamline.errors import PlanError
+from llm_streamline.pipeline import apply_plan, compress, train_replacement
 from llm_streamline.reload import answer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -82,3 +83,50 @@ def test_sleb(place):
     assert outcome.plan.num_layers_after == 4
     assert outcome.plan.selection.cost > 0
     assert "forward passes over the calibration text" in (place / "sleb" / "streamline" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "code"),
+    [
+        ("ghosted", "patch", True),
+        ("linear-patch", "patch", True),
+        ("mean-update", "bias", False),
+        ("prune-comp", "scale", False),
+        ("replaceme", "linear", False),
+    ],
+)
+def test_a_repair(place, name, kind, code):
+    outcome = run(place, name, **{"selection.verify": 2})
+    assert outcome.proof.ok
+    assert {edit.network.kind for edit in outcome.plan.edits} == {kind}
+    assert outcome.plan.num_layers_after == 4
+    assert (place / name / "modeling_streamline.py").exists() is code
+    config = json.loads((place / name / "config.json").read_text())
+    assert config["num_hidden_layers"] == 4
+
+
+def test_what_is_fitted_to_text_is_not_applied_without_it(place):
+    recipe = load_recipe(RECIPES / "ghosted.yaml", {**SMALL, "text.sources": [str(place / "text.jsonl")]})
+    plan = place / "ghosted" / "streamline" / "plan.json"
+    with pytest.raises(PlanError, match="--train-tokens 0"):
+        apply_plan(plan, str(place / "model"), place / "applied")
+    assert not (place / "applied").exists()
+    outcome = train_replacement(plan, str(place / "model"), place / "trained", recipe)
+    assert outcome.proof.ok
+    weights = [(place / name / "model.safetensors").read_bytes() for name in ("trained", "ghosted")]
+    assert weights[0] == weights[1]  # fitted anew from the same text: the same bits
+
+
+def test_a_method_brings_its_network_unless_the_user_names_one(place):
+    from llm_streamline.config import Recipe
+    from llm_streamline.stages import settled
+
+    def kind(method, **replacement):
+        recipe = Recipe.model_validate({"selection": {"method": method}, "replacement": replacement})
+        return settled(recipe).replacement.kind, settled(recipe).replacement.init
+
+    assert kind("ghosted") == ("patch", "closed_form")
+    assert kind("laco")[0] == "none"
+    assert kind("replaceme", init="cosine") == ("linear", "cosine")
+    assert kind("ghosted", kind="layer") == ("layer", "best")
+    assert kind("streamline") == ("layer", "best")

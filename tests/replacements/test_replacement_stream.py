@@ -271,7 +271,7 @@ def test_the_first_token_may_be_left_out(weighting, exact):
 
     model, _ = planted(function)
     found = begun(model, replacing(model, 3, 5, "patch", init="closed_form"), fit_weighting=weighting)[0]
-    error = float((found.map.map.weight - matrix).abs().max())
+    error = (found.map.map.weight - matrix).abs().max().item()
     assert (error < 1e-2) is exact
 
 
@@ -302,7 +302,7 @@ def test_the_mean_update_is_the_mean_of_the_updates():
 def test_the_factor_is_the_planted_one():
     model, _ = planted(lambda h: 1.75 * h)
     found = begun(model, replacing(model, 3, 5, "scale", init="magnitude"))[0]
-    assert float(found.map.log_scale.exp()) == pytest.approx(1.75, rel=1e-5)
+    assert found.map.log_scale.exp().item() == pytest.approx(1.75, rel=1e-5)
 
 
 @torch.no_grad()
@@ -382,7 +382,7 @@ def test_the_second_of_two_is_fitted_behind_the_first():
     layer.forward = Planted(layer, lambda h: 3.0 * h).forward
     edits = (replace(2, 3, "scale", init="magnitude"), replace(5, 6, "scale", init="magnitude"))
     found = begun(model, Plan(model=facts_of(model), edits=edits))
-    assert [float(r.map.log_scale.exp()) for r in found] == pytest.approx([2.0, 3.0], rel=1e-4)
+    assert [r.map.log_scale.exp().item() for r in found] == pytest.approx([2.0, 3.0], rel=1e-4)
 
 
 # --- refusals

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from llm_streamline.arch import ArchSpec, fold_obstacle, get_layers, mlp_facts, present, silencing
+from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import text_config
 from llm_streamline.plan import Plan, Replace
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.mlp import add_mlp_biases
 from llm_streamline.replacements.mlp_layer import StreamMap, add_stream_map
+from llm_streamline.surgery import shallow_copy
 
 MAP_KEY = "streamline_maps"  # config key: layer index -> kind of the map behind that layer
 
@@ -30,8 +32,11 @@ class StreamReplacement(Replacement):
         self.kind = edit.network.kind
         self.map = StreamMap(self.kind, model.get_input_embeddings().weight.shape[1])
         self.map.to(next(before.parameters()).device)
-        layer = copy.copy(before)  # shares everything with the original but the map
-        layer._modules = dict(before._modules)
+        if hasattr(before, "streamline_map"):
+            raise ArchitectureError(
+                f"layer {edit.start - 1} carries a correction already, from an earlier run; replace another span"
+            )
+        layer = shallow_copy(before)  # shares everything with the original but the map
         add_stream_map(layer, self.map)
         self._layer = (layer,)
 
@@ -57,6 +62,11 @@ class StreamReplacement(Replacement):
             fold_scale(model, self.arch, self.position, float(self.map.log_scale.double().exp()))
             return
         layer = get_layers(model)[self.position - 1]
+        if "forward" in vars(layer):  # accelerate's: it would run the layer without the map
+            raise ArchitectureError(
+                f"layer {self.position - 1} is offloaded, so that no {self.kind} can be put behind it; load the model "
+                "without offloading it"
+            )
         stream_map = copy.deepcopy(self.map).to(device=next(layer.parameters()).device, dtype=model.dtype)
         add_stream_map(layer, stream_map.requires_grad_(False))
         config = text_config(model.config)
