@@ -127,6 +127,6 @@ def test_a_method_brings_its_network_unless_the_user_names_one(place):
 
     assert kind("ghosted") == ("patch", "closed_form")
     assert kind("laco")[0] == "none"
-    assert kind("replaceme", init="cosine") == ("linear", "cosine")
+    assert kind("replaceme", kind="linear", init="cosine") == ("linear", "cosine")
     assert kind("ghosted", kind="layer") == ("layer", "best")
     assert kind("streamline") == ("layer", "best")

@@ -362,6 +362,25 @@ def test_padding_never_reaches_a_fit():
 
 
 @pytest.mark.parametrize(
+    ("kind", "init"),
+    [("patch", "closed_form"), ("patch", "hadamard"), ("patch", "cosine"), ("bias", "mean"), ("scale", "magnitude"),
+     ("linear", "cosine")],
+)  # fmt: skip
+def test_a_half_precision_model_is_fitted_like_a_whole_one(kind, init):
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model().to(dtype)
+        plan = replacing(model, 3, 6, kind, init=init)
+        replacements = begun(model, plan, ridge=0.1, fit_epochs=2)
+        assert all(p.dtype == torch.float32 for _, p in replacements[0].trainable())
+        found.append(torch.cat([p.detach().flatten() for _, p in replacements[0].trainable()]))
+        install_plan(model, plan, replacements)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert model(tiny_tokens(), use_cache=False).logits.isfinite().all()
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.1
+
+
+@pytest.mark.parametrize(
     ("kind", "tried"),
     [
         ("patch", {"identity", "closed_form", "hadamard"}),

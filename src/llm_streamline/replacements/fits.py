@@ -96,7 +96,8 @@ def _pairs(
         for _, ids in batches(windows, settings.batch_tokens, device):
             inputs = {"input_ids": ids}
             states, _ = run_tapped(model, inputs, {resumed.at, stop}, stop)
-            own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
+                own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
             target = states[stop].float()
             weight = row_weights(target, settings.weighting)
             precise = torch.float32 if device.type == "mps" else torch.float64
@@ -173,7 +174,8 @@ def _fit_cosine(model, plan, replacements, index, windows, settings) -> None:
                 inputs = {"input_ids": ids}
                 with torch.no_grad():
                     states, _ = run_tapped(model, inputs, {resumed.at, stop}, stop)
-                    own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
+                    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
+                        own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
                     a = seen["a"].float().flatten(0, -2)
                     target = states[stop].float()
                     share = row_weights(target, "skip_first" if settings.weighting == "skip_first" else "uniform")
