@@ -4,6 +4,7 @@ Used by the tests of resuming and by benchmarks/kill.py.
 """
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from folders import tiny_folder
 
 from llm_streamline import proof
 from llm_streamline.config import load_recipe
+from llm_streamline.errors import StreamlineError
 from llm_streamline.evaluation.result import Results
 from llm_streamline.pipeline import compress
 from llm_streamline.reload import answer
@@ -71,6 +73,15 @@ def bits(out: Path) -> dict[str, object]:
     return found | {"steps": rows, "validation": history["validation"], "best": history["best_step"]}
 
 
+def attempt(place: Path, out: Path) -> None:
+    """The small run as the command line ends it: one sentence and an exit code for what the user can mend."""
+    try:
+        run(place, out)
+    except StreamlineError as problem:
+        print(f"{type(problem).__name__}: {problem}")
+        raise SystemExit(problem.exit_code) from None
+
+
 def in_child(action: Callable[[], None], stdout: Path | None = None) -> int:
     """Fork, do `action` there, and return the child's process id; its output goes to a file. It exits with 0 or 1."""
     sys.stdout.flush()
@@ -83,10 +94,13 @@ def in_child(action: Callable[[], None], stdout: Path | None = None) -> int:
         handle = os.open(stdout or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w", closefd=False)) for number in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         action()
         code = 0
     except SystemExit as leaving:
+        if not isinstance(leaving.code, int):
+            print(leaving.code)
         code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:
         traceback.print_exc()

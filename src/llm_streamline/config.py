@@ -204,6 +204,7 @@ class TrainingConfig(FrozenModel):
     early_stopping_patience: NonNegativeInt = Field(3, description="validations without gain before stopping; 0: never")
     autocast: Literal["auto", "off"] = Field("auto", description="auto: bfloat16 arithmetic, float32 master weights")
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    torch_compile: bool = Field(False, description="compile the networks that are trained; minutes first, then faster")
     arguments: dict[str, Any] = Field({}, description="further transformers.TrainingArguments, passed on as they are")
 
     _read_count = field_validator("tokens", mode="before")(parse_count)
@@ -232,6 +233,14 @@ class Recipe(FrozenModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="arithmetic and saved weights; auto: the checkpoint's own"
+    )
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="attention's kernel; auto: the best that transformers finds for the model"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="bitsandbytes: the original is measured and trained against in packed weights; "
+        "the result is always cut from the original's own",
     )
     target: Target = Target()
     text: TextConfig = TextConfig()

@@ -13,6 +13,7 @@ from torch import nn
 from llm_streamline.arch import get_layers
 from llm_streamline.config import TrainingConfig
 from llm_streamline.evaluation.result import SizeResult
+from llm_streamline.packed import num_numbers
 from llm_streamline.plan import Network, Plan, Replace
 from llm_streamline.report.tables import Preview
 from llm_streamline.training.heal import is_tied
@@ -48,7 +49,7 @@ def preview_plan(
         seq_len: tokens in a training window.
         layer_seconds_per_token: measured time of one layer's forward over one token.
     """
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in get_layers(model)]
+    layers = [sum(num_numbers(p) for p in layer.parameters()) for layer in get_layers(model)]
     kept = sum(layers[i] for i in plan.layer_sources())
     kept += sum(plan.model.hidden_size**2 for e in plan.edits if isinstance(e, Replace) and e.network.kind == "patch")
     after = size.parameters - sum(layers) + kept

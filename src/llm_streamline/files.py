@@ -43,6 +43,21 @@ def saving(path: str | Path) -> Iterator[None]:
         raise OutputError(_explain(Path(path), number, str(error))) from error
 
 
+@contextmanager
+def disk_full_in_words(path: str | Path) -> Iterator[None]:
+    """Around a whole run: a full or read-only disk met outside of `saving`; all other errors are left as they are.
+
+    Raises:
+        OutputError: the disk that holds `path` is full, or cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_DISK_FULL, errno.EROFS):
+            raise
+        raise OutputError(_explain(Path(error.filename or path), error.errno, str(error))) from error
+
+
 def _explain(path: Path, number: int | None, text: str) -> str:
     if number in _DISK_FULL:
         return f"the disk is full: {path} was not written; free some space or choose another folder, then run again"

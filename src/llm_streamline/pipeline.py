@@ -135,6 +135,7 @@ def apply_plan(
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     recipe = recipe or Recipe()
     _check_needs_no_text(plan)
+    recipe = recipe.model_copy(update={"quantization": "none"})  # nothing is measured or trained
     source, loaded = _begin_from_plan(plan, model, out, recipe, with_text=False)
     preview = _preview(loaded, plan, recipe, None)
     untrained = stages.Trained(stages.untrained(loaded, plan, recipe.seed), None, None)

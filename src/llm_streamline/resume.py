@@ -58,7 +58,7 @@ def prepared(
 
 def measured(loaded: LoadedModel, calibration: Windows, recipe: Recipe, folder: Path, ledger: Ledger) -> Statistics:
     """The similarities of the calibration windows."""
-    key = key_of(loaded.source.fingerprint, str(loaded.dtype), calibration.provenance["sha256"])
+    key = key_of(loaded.source.fingerprint, stages.arithmetic(loaded, recipe), calibration.provenance["sha256"])
     if ledger.is_done("measure", key):
         log.info("similarities: measured before, taken from %s", folder)
         return Statistics.load(folder)
@@ -80,7 +80,7 @@ def decided(
 ) -> Plan:
     """The plan of the recipe, written to plan.json."""
     wishes = recipe.model_dump(mode="json", include={"target", "selection", "replacement", "seed"})
-    key = key_of(loaded.source.fingerprint, str(loaded.dtype), wishes, window_hashes(windows))
+    key = key_of(loaded.source.fingerprint, stages.arithmetic(loaded, recipe), wishes, window_hashes(windows))
     if ledger.is_done("plan", key):
         plan = Plan.load(folder / "plan.json")
         log.info("plan: made before, taken from %s", folder / "plan.json")
@@ -105,7 +105,7 @@ def trained_checkpoint(
     folder = out / TOOL_FOLDER
     wishes = recipe.model_dump(mode="json", include={"training", "replacement", "seed", "text"})
     texts_seen = window_hashes({role: windows[role] for role in ("train", "validation")})
-    key = key_of(plan.digest(), str(loaded.dtype), wishes, texts_seen)
+    key = key_of(plan.digest(), stages.arithmetic(loaded, recipe), wishes, texts_seen)
     if ledger.is_done("save", key):
         log.info("checkpoint: trained and proven before, left as it is")
         data = json.loads((folder / "proof.json").read_text(encoding="utf-8"))
@@ -117,6 +117,7 @@ def trained_checkpoint(
             made.append(write_json(folder / "training.json", trained.history))
         else:
             (folder / "training.json").unlink(missing_ok=True)
+    stages.unpack(loaded, recipe)
     with ledger.running("save", key) as made:
         proof = install_and_prove(loaded, plan, trained, out, texts)
         made += [folder / PROOF_FILE, *(out / name for name in owned_files(out) if name != CARD_FILE)]
@@ -149,14 +150,16 @@ def evaluated(
 ) -> Results:
     """The compressed model's results beside those of the original, both loaded from disk."""
     path = out / TOOL_FOLDER / "results.json"
-    key = key_of(ledger.key("save"), config.model_dump(mode="json"), windows["evaluation"].provenance["sha256"])
+    text = windows["evaluation"].provenance["sha256"]
+    key = key_of(ledger.key("save"), recipe.attn_implementation, config.model_dump(mode="json"), text)
     if ledger.is_done("evaluate", key):
         log.info("results: measured before, taken from %s", path)
         return Results.load(path)
     with ledger.running("evaluate", key) as made:
         log.info("evaluating against the original")
-        original = load_model(source, recipe.dtype, recipe.device)
-        compressed = load_model(resolve_model(str(out)), "auto", recipe.device)
+        attention = recipe.attn_implementation
+        original = load_model(source, recipe.dtype, recipe.device, attention=attention)
+        compressed = load_model(resolve_model(str(out)), "auto", recipe.device, attention=attention)
         held_out = {HELD_OUT: windows["evaluation"]}
         results = run_evaluation(
             compressed, original, config, out=path, windows=held_out, command=command_line(), plan_hash=plan.digest()

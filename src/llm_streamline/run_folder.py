@@ -11,6 +11,7 @@ from typing import Any
 from llm_streamline import stages
 from llm_streamline.config import Recipe
 from llm_streamline.errors import StreamlineError
+from llm_streamline.files import disk_full_in_words
 from llm_streamline.ledger import Ledger
 from llm_streamline.lock import locked
 from llm_streamline.output import TOOL_FOLDER, check_output, claim, open_output, withdraw, write_manifest, write_text
@@ -59,7 +60,7 @@ def opened(path: str | Path, fresh: bool, source: ModelSource) -> Iterator[RunFo
     place = Path(path).expanduser()
     existed, was_ours = place.exists(), (place / TOOL_FOLDER).exists()
     out = check_output(path, source=protected(source))
-    with locked(out / TOOL_FOLDER):
+    with disk_full_in_words(out), locked(out / TOOL_FOLDER):
         out = open_output(path, fresh=fresh, source=protected(source))
         yield RunFolder(out, out / TOOL_FOLDER, Ledger(out / TOOL_FOLDER), existed, was_ours)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_streamline.config_checks import check_config, check_loading, check_size, one_line, read_config
+from llm_streamline.engines import loading_options
 from llm_streamline.errors import MissingExtraError, SourceError
 from llm_streamline.gguf_source import converted_folder, forget_loading, read_gguf_header
 from llm_streamline.quiet import quiet_transformers
@@ -128,15 +129,23 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
 
 
 def load_model(
-    source: ModelSource, dtype: str = "auto", device: str = "auto", *, with_tokenizer: bool = True
+    source: ModelSource,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    with_tokenizer: bool = True,
+    attention: str = "auto",
+    quantization: str = "none",
 ) -> LoadedModel:
-    """Read a model's weights: eval mode, no parameter asks for gradients, no remote code, no quantisation.
+    """Read a model's weights: eval mode, no parameter asks for gradients, no remote code.
 
     Args:
         source: from `resolve_model`.
         dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own, bfloat16 for GGUF.
         device: auto, cpu, cuda, cuda:<number> or mps.
         with_tokenizer: False leaves `tokenizer` None, for a model that has none.
+        attention: auto, eager, sdpa or flash_attention_2.
+        quantization: none, 8bit or 4bit: weights packed by bitsandbytes as they are read, to be run and not saved.
 
     Raises:
         SourceError: the weights do not fit the configuration, or cannot be read.
@@ -157,6 +166,8 @@ def load_model(
             model, info = loading_class(config).from_pretrained(
                 folder,
                 dtype=torch_dtype,
+                **loading_options(attention, quantization, torch_dtype),
+                **({"device_map": {"": torch_device}} if quantization != "none" else {}),
                 output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,
@@ -166,7 +177,9 @@ def load_model(
         raise SourceError(f"cannot load {source.spec}: {one_line(error)}") from error
     check_loading(info, source.spec)
     model.requires_grad_(False)
-    return LoadedModel(model.eval().to(torch_device), tokenizer, source, torch_dtype, torch_device)
+    if quantization == "none":  # packed weights are where they were put
+        model = model.to(torch_device)
+    return LoadedModel(model.eval(), tokenizer, source, torch_dtype, torch_device)
 
 
 # --- kinds of source

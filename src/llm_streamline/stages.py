@@ -1,19 +1,19 @@
 """The stages of a run: what each does, and the checks before them. When a stage is skipped is told in `resume.py`."""
 
-import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 
 from llm_streamline.arch import check_architecture, get_layers
 from llm_streamline.config import Recipe
 from llm_streamline.data.prepare import WindowNeed, prepare_windows
 from llm_streamline.data.text import open_text
 from llm_streamline.data.windows import Windows, check_disjoint
+from llm_streamline.engines import check_engines
 from llm_streamline.errors import ConfigError, PlanError
 from llm_streamline.estimate import training_forward_tokens
 from llm_streamline.logs import get_logger
@@ -22,9 +22,11 @@ from llm_streamline.measure.partial import run_tapped
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.stats import CosineStats
 from llm_streamline.measure.stream import observe
+from llm_streamline.memory_limits import free_memory
 from llm_streamline.methods.choosing import spans_plan
 from llm_streamline.methods.registry import Method, MethodConfig, find_method
-from llm_streamline.output import write_bytes, write_json, write_text
+from llm_streamline.output import write_text
+from llm_streamline.packed import num_numbers
 from llm_streamline.plan import ModelFacts, Plan, Replace, Selection, templates_for
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.build import build_replacements
@@ -33,7 +35,8 @@ from llm_streamline.runtime import peak_memory, reset_peak_memory, seed_everythi
 from llm_streamline.schema import parse
 from llm_streamline.sizing import Decided, decide_size
 from llm_streamline.sources import LoadedModel, ModelSource, load_config, load_model
-from llm_streamline.training.begin import StartSettings, begin
+from llm_streamline.training.begin import StartSettings, begin, keep_start, kept_start
+from llm_streamline.training.compiled import compiled
 from llm_streamline.training.heal import Healed, check_healing
 from llm_streamline.training.student import Student
 from llm_streamline.training.trainer import train_student
@@ -66,9 +69,12 @@ def check_early(source: ModelSource, recipe: Recipe, *, with_text: bool = True) 
 
     Raises:
         ArchitectureError: if the family is not edited.
-        ConfigError: if a window is longer than the model's positions, or the method is unknown.
+        MissingExtraError: if the recipe names an engine that is not installed.
+        ConfigError: if the machine cannot do what the recipe names, a window is longer than the model's positions, or
+            the method is unknown.
         PlanError: if the target or the span does not fit the number of layers.
     """
+    check_engines(recipe)
     config = load_config(source)
     check_architecture(config)
     text = config.get_text_config()
@@ -133,7 +139,7 @@ def model_facts(loaded: LoadedModel) -> ModelFacts:
         model_type=text.model_type,
         num_layers=len(get_layers(loaded.model)),
         hidden_size=text.hidden_size,
-        num_parameters=sum(p.numel() for p in loaded.model.parameters()),
+        num_parameters=sum(num_numbers(p) for p in loaded.model.parameters()),
     )
 
 
@@ -234,7 +240,7 @@ def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, w
 def _method_wishes(loaded: LoadedModel, recipe: Recipe) -> tuple[Decided, Method, MethodConfig]:
     """The target as a number of layers, the method, and its options."""
     network = recipe.replacement.network()
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in get_layers(loaded.model)]
+    sizes = [sum(num_numbers(p) for p in layer.parameters()) for layer in get_layers(loaded.model)]
     size = decide_size(recipe.target, network, sizes, model_facts(loaded).num_parameters)
     found = find_method(recipe.selection.method)
     options = {"num_removed": size.num_removed, "network": network, "verify": recipe.selection.verify}
@@ -279,16 +285,12 @@ def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Wi
     """Start and train what the recipe trains; what was done already is taken from `folder`."""
     seed_everything(recipe.seed)
     settings = StartSettings.of(recipe.replacement, recipe.calibration.batch_tokens, recipe.seed)
-    start_file = folder / "start.safetensors"
-    if start_file.is_file():
-        replacements = build_replacements(loaded.model, plan)
-        torch.nn.ModuleList(replacements).load_state_dict(load_file(start_file))
-        trials = json.loads((folder / "start.json").read_text(encoding="utf-8"))
+    if kept := kept_start(folder):
+        replacements, trials = build_replacements(loaded.model, plan), kept[1]
+        torch.nn.ModuleList(replacements).load_state_dict(kept[0])
     else:
         replacements, trials = begin(loaded.model, plan, windows["train"], windows["validation"], settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "start.json", trials)
-        write_bytes(start_file, save(torch.nn.ModuleList(replacements).state_dict()))
+        keep_start(folder, replacements, trials)
     training, healed = recipe.training, None
     if training.tokens and training.trainable != "replacement":
         healed = Healed(loaded.model, plan, replacements, training, recipe.seed)
@@ -297,9 +299,10 @@ def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Wi
     student = Student(loaded.model, plan, replacements, training, healed)
     history: dict[str, Any] = {"starts": trials}
     if training.tokens:
-        history |= train_student(
-            student, training, windows["train"], windows["validation"], folder / "checkpoints", recipe.seed
-        )
+        with compiled(replacements) if training.torch_compile else nullcontext():
+            history |= train_student(
+                student, training, windows["train"], windows["validation"], folder / "checkpoints", recipe.seed
+            )
         history["forward_tokens"] = training_forward_tokens(loaded.model, plan, training, history["tokens"])
     return Trained(replacements, healed, history)
 
@@ -341,7 +344,27 @@ def load_original(source: ModelSource, recipe: Recipe) -> LoadedModel:
     """Load the model as the recipe says, with all generators seeded."""
     seed_everything(recipe.seed)
     log.info("loading %s", source.spec)
-    return load_model(source, recipe.dtype, recipe.device)
+    return load_model(
+        source,
+        recipe.dtype,
+        recipe.device,
+        attention=recipe.attn_implementation,
+        quantization=recipe.quantization,
+    )
+
+
+def unpack(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Put the original's own weights in the place of packed ones: what is cut is the original."""
+    if recipe.quantization == "none":
+        return
+    loaded.model = None  # the two are never in memory together
+    free_memory()
+    loaded.model = load_original(loaded.source, recipe.model_copy(update={"quantization": "none"})).model
+
+
+def arithmetic(loaded: LoadedModel, recipe: Recipe) -> str:
+    """What the numbers that a model yields depend on beside its weights."""
+    return f"{loaded.dtype} {recipe.attn_implementation} {recipe.quantization}"
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:

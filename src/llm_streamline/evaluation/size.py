@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from llm_streamline.arch import get_layers
 from llm_streamline.evaluation.result import SizeResult
+from llm_streamline.packed import num_numbers
 
 _PROBE_TOKENS = 2
 
@@ -31,7 +32,7 @@ def model_size(model: nn.Module) -> SizeResult:
 
 
 def _count(parameters: dict[int, Tensor]) -> int:
-    return sum(p.numel() for p in parameters.values())
+    return sum(num_numbers(p) for p in parameters.values())
 
 
 @torch.inference_mode()

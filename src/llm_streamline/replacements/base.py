@@ -5,7 +5,6 @@ edited model (`patches`), from which boundary the edited model differs from the 
 put into the final checkpoint (`install`), as stock layers whenever that is exact.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from llm_streamline.arch import ArchSpec, get_layers
+from llm_streamline.packed import plain_copy
 from llm_streamline.plan import Plan, Replace
 
 
@@ -61,7 +61,7 @@ class Replacement(nn.Module, ABC):
 
 def master_copy(layer: nn.Module, trainable: bool = True) -> nn.Module:
     """A deep copy of a layer in float32, without the original's hooks, to be trained."""
-    clone = copy.deepcopy(layer)
+    clone = plain_copy(layer)
     for module in clone.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()

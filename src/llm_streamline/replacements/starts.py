@@ -13,6 +13,7 @@ from torch import nn
 from llm_streamline.arch import get_layers, silence, silence_attention, silence_mlp
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import text_config
+from llm_streamline.packed import is_packed, plain_copy
 from llm_streamline.replacements.base import Replacement, copy_weights
 from llm_streamline.replacements.layer import LayerReplacement, SilencedLayerReplacement
 from llm_streamline.replacements.linear import LinearReplacement
@@ -98,7 +99,8 @@ def _average(replacement: Replacement, model: nn.Module) -> None:
     span = [get_layers(model)[i] for i in range(replacement.edit.start, replacement.edit.stop)]
     groups = _split(span, len(replacement.layers))
     for layer, group in zip(replacement.layers, groups, strict=True):
-        parameters = [dict(member.named_parameters()) for member in group]
+        members = [plain_copy(member) if is_packed(member) else member for member in group]
+        parameters = [dict(member.named_parameters()) for member in members]
         for name, parameter in layer.named_parameters():
             if isinstance(replacement, SilencedLayerReplacement) and not parameter.requires_grad:
                 continue
@@ -116,7 +118,7 @@ def _randomise(replacement: Replacement, model: nn.Module, seed: int) -> None:
 
 
 def _copy_layer(replacement: Replacement, target: nn.Module, source: nn.Module) -> None:
-    copy_weights(source, target)
+    copy_weights(plain_copy(source) if is_packed(source) else source, target)
     if isinstance(replacement, SilencedLayerReplacement):
         silence_attention(target, replacement.arch)
 

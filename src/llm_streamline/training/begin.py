@@ -1,14 +1,18 @@
 """Where training begins: the start that the plan names, or the best of all starts on held-out text."""
 
 import copy
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from torch import nn
 
 from llm_streamline.config import ReplacementConfig, TrainingConfig
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ArchitectureError
+from llm_streamline.files import saving, sha256_of, write_bytes, write_json
 from llm_streamline.logs import get_logger
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
@@ -17,6 +21,7 @@ from llm_streamline.replacements.fits import FitSettings, fit, fitted_starts
 from llm_streamline.replacements.starts import available_starts, set_start
 from llm_streamline.training.student import Student
 
+_START_FILE, _TRIALS_FILE = "start.safetensors", "start.json"
 _TRIAL_TOKENS = 4_096  # validation tokens that `best` compares starts on
 log = get_logger()
 
@@ -78,6 +83,28 @@ def begin(
         else:
             set_start(replacement, model, init, settings.seed)
     return replacements, trials
+
+
+def keep_start(folder: Path, replacements: list[Replacement], trials: dict[str, float]) -> None:
+    """Keep a start, which may have taken long to find, for a run that goes on."""
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = write_bytes(folder / _START_FILE, save(nn.ModuleList(replacements).state_dict()))
+    write_json(folder / _TRIALS_FILE, {"trials": trials, "sha256": sha256_of(path)})
+
+
+def kept_start(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
+    """The state of a list of replacements that `keep_start` left, and its trials; None when there is no sound one."""
+    try:
+        kept = json.loads((folder / _TRIALS_FILE).read_text(encoding="utf-8"))
+        if kept["sha256"] == sha256_of(folder / _START_FILE):
+            return load_file(folder / _START_FILE), kept["trials"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # said below: damaged in another way
+    log.warning("the start in %s is damaged: found again", folder)
+    return None
 
 
 def _best(
