@@ -48,10 +48,12 @@ def tiny_llama(**overrides) -> LlamaForCausalLM:
     return model.eval().requires_grad_(False)
 
 
-def tiny_folder(folder: Path, *, dtype: torch.dtype = torch.float32, shards: bool = False, **overrides) -> Path:
-    """Save `tiny_llama` and its tokenizer as transformers does; with `shards` in files of at most 8 KB."""
+def tiny_folder(
+    folder: Path, *, dtype: torch.dtype = torch.float32, shards: bool = False, max_shard_size: str = "8KB", **overrides
+) -> Path:
+    """Save `tiny_llama` and its tokenizer as transformers does; with `shards` in files of at most `max_shard_size`."""
     model = tiny_llama(**overrides).to(dtype)
-    model.save_pretrained(folder, **({"max_shard_size": "8KB"} if shards else {}))
+    model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if shards else {}))
     byte_tokenizer().save_pretrained(folder)
     return folder
 

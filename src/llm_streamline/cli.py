@@ -145,16 +145,23 @@ def plan(
     seed: o.SeedOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    from_slices: o.FromSlicesOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Decide what to remove and write plan.json; the model is not changed. This is the dry run."""
     given = {k: v for k, v in locals().items() if k in o.RECIPE_OPTIONS}
-    from llm_streamline.config import load_recipe
+    if from_slices is not None:
+        o.refuse_beside("--from-slices", given, recipe=recipe, stats=stats)
+        from llm_streamline.pipeline import plan_from_slices
 
-    wanted = load_recipe(recipe, o.overrides(**given))
-    from llm_streamline.pipeline import make_plan
+        made, preview = plan_from_slices(from_slices, model, out=out)
+    else:
+        from llm_streamline.config import load_recipe
 
-    made, preview = make_plan(model, wanted, stats=stats, out=out)
+        wanted = load_recipe(recipe, o.overrides(**given))
+        from llm_streamline.pipeline import make_plan
+
+        made, preview = make_plan(model, wanted, stats=stats, out=out)
     if as_json:
         terminal.print_json({"out": str(out), "plan": made.model_dump(mode="json"), "preview": vars(preview)})
         return
@@ -164,9 +171,10 @@ def plan(
 
 @app.command()
 def apply(
-    plan: o.PlanArg,
+    plan: o.PlanOrSlicesArg,
     model: o.ModelArg,
     out: o.OutOption,
+    stream: o.StreamOption = False,
     recipe: o.RecipeOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
@@ -179,7 +187,7 @@ def apply(
     wanted = load_recipe(recipe, o.overrides(device=device, dtype=dtype))
     from llm_streamline.pipeline import apply_plan
 
-    terminal.show_outcome(apply_plan(plan, model, out, wanted, fresh=fresh), as_json)
+    terminal.show_outcome(apply_plan(plan, model, out, wanted, fresh=fresh, stream=stream), as_json)
 
 
 @app.command()
@@ -372,7 +380,8 @@ def leaderboard(
 @app.command()
 def export(
     run: Annotated[
-        str, typer.Argument(help="Folder of a run, or a .gguf file together with --plan.", show_default=False)
+        str,
+        typer.Argument(help="Folder of a run; a plan.json for --slices; a .gguf file for --plan.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.", show_default=False)],
     gguf: Annotated[
@@ -392,9 +401,8 @@ def export(
     if slices:
         from llm_streamline.export.slices import to_slices
         from llm_streamline.export.whole_file import new_file
-        from llm_streamline.report.run import load_run
 
-        text = to_slices(terminal.plan_of(load_run(run)))
+        text = to_slices(terminal.plan_of(run))
         with new_file(out) as path:
             path.write_text(text, encoding="utf-8")
         answer = {"out": str(out)}

@@ -9,6 +9,17 @@ ModelArg = Annotated[
     str, typer.Argument(help="Hugging Face folder, Hub id, .gguf file, or `demo`.", show_default=False)
 ]
 PlanArg = Annotated[Path, typer.Argument(help="Plan file, from `llm-streamline plan`.", show_default=False)]
+PlanOrSlicesArg = Annotated[
+    Path, typer.Argument(help="Plan file, or mergekit's slices (.yaml).", metavar="PLAN", show_default=False)
+]
+StreamOption = Annotated[
+    bool,
+    typer.Option("--stream", help="Cut the files tensor by tensor; the model need not fit into memory."),
+]
+FromSlicesOption = Annotated[
+    Path | None,
+    typer.Option("--from-slices", help="Take the layers that stay from mergekit's slices (YAML); nothing is measured."),
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output folder.", show_default=False)]
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; the options below lie over it.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on where a run stopped.")]
@@ -110,3 +121,12 @@ RECIPE_OPTIONS = frozenset(_KEYS)
 def overrides(**options: Any) -> dict[str, Any]:
     """Option values by their recipe key; options that were not given are left out."""
     return {_KEYS[name]: value for name, value in options.items() if value is not None and value != []}
+
+
+def refuse_beside(option: str, given: dict[str, Any], **others: Any) -> None:
+    """Raise ConfigError when anything is set that `option` leaves nothing to say about."""
+    from llm_streamline.errors import ConfigError
+
+    named = [name for name, value in {**given, **others}.items() if value is not None and value != []]
+    if named:
+        raise ConfigError(f"{option} already says which layers stay; leave out --{named[0].replace('_', '-')}")

@@ -45,8 +45,10 @@ from llm_streamline.resume import (
 )
 from llm_streamline.run_folder import command_line, finish, opened, protected
 from llm_streamline.runtime import versions
+from llm_streamline.runtimes import plan_warnings
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 from llm_streamline.training.heal import check_healing
+from llm_streamline.without_weights import apply_on_files, preview_without_weights, read_slices
 
 log = get_logger()
 
@@ -120,20 +122,60 @@ def make_plan(
     return plan, _preview(loaded, plan, recipe, statistics)
 
 
+def plan_from_slices(slices: str | Path, model: str, *, out: str | Path | None = None) -> tuple[Plan, Preview]:
+    """The plan that a file of mergekit's slices describes; no weights are read and no text is needed.
+
+    Args:
+        slices: YAML for mergekit's merge method passthrough.
+        model: folder, Hub id, .gguf file or `demo`: the model the slices are taken from.
+        out: file to write the plan to.
+
+    Raises:
+        PlanError: the file says something else than which layers of one model stay.
+    """
+    source = resolve_model(model)
+    if out is not None:
+        _check_plan_file(Path(out))
+    plan = read_slices(slices, source)
+    if out is not None:
+        write_text(Path(out), plan.to_json())
+    return plan, preview_without_weights(source, plan)
+
+
 def apply_plan(
-    plan: Plan | str | Path, model: str, out: str | Path, recipe: Recipe | None = None, *, fresh: bool = False
+    plan: Plan | str | Path,
+    model: str,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    fresh: bool = False,
+    stream: bool = False,
 ) -> Outcome:
     """Edit the model as the plan says, train nothing, save and prove the checkpoint.
 
     A network starts as its plan says where that needs no text; `best` starts as a copy or as plain removal, and so does
     the `closed_form` of a network of layers.
 
+    Args:
+        plan: a plan, its file, or a file of mergekit's slices (.yaml).
+        model: folder, Hub id, .gguf file or `demo`.
+        out: output folder.
+        recipe: device and dtype.
+        fresh: start over.
+        stream: cut the files tensor by tensor instead of loading the model; for plans that only remove layers.
+
     Raises:
-        PlanError: the plan was made for another model, or its networks are nothing until they are fitted to text.
+        PlanError: the plan was made for another model, its networks are nothing until they are fitted to text, or it
+            cannot be streamed.
         ProofError: the saved checkpoint does not behave like the model in memory.
     """
+    if not isinstance(plan, Plan) and Path(plan).suffix.lower() in (".yaml", ".yml"):
+        plan = read_slices(plan, resolve_model(model))
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     recipe = recipe or Recipe()
+    if stream:
+        out, preview, proof = apply_on_files(plan, model, out, recipe, fresh=fresh)
+        return Outcome(out, plan, preview, None, proof, None)
     _check_needs_no_text(plan)
     recipe = recipe.model_copy(update={"quantization": "none"})  # nothing is measured or trained
     source, loaded = _begin_from_plan(plan, model, out, recipe, with_text=False)
@@ -275,6 +317,8 @@ def _begin_from_plan(
     check_output(out, source=protected(source))
     loaded = stages.load_original(source, recipe)
     plan.check_fits(stages.model_facts(loaded))
+    for warning in plan_warnings(loaded.model.config, plan):
+        log.warning("%s", warning)
     return source, loaded
 
 
@@ -299,6 +343,8 @@ def _preview(loaded: LoadedModel, plan: Plan, recipe: Recipe, statistics: Statis
 
 def _announce(plan: Plan, preview: Preview) -> None:
     log.info("%s", plan.describe())
+    for warning in plan.selection.warnings if plan.selection else ():
+        log.warning("%s", warning)
     if preview.train_seconds:
         log.info("training will take about %.0f minutes here", max(1, preview.train_seconds / 60))
 

@@ -233,6 +233,7 @@ class Selection(FrozenModel):
     original_loss: float | None = Field(None, description="LM loss of the original on the verification windows")
     margin: Margin | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = Field((), description="runtimes in which the edited model will give wrong output")
 
 
 class Plan(FrozenModel):

@@ -76,6 +76,7 @@ def prove_checkpoint(
     *,
     against_text: Sequence[str] | None = None,
     own_code: bool = False,
+    places: dict[str, str] | None = None,
 ) -> Proof:
     """Reload `out` in a fresh process and compare it with the model in memory; the result is kept in `proof.json`.
 
@@ -91,6 +92,7 @@ def prove_checkpoint(
         tokenizer: the tokenizer in memory, None when none was saved.
         against_text: what the original model wrote, from `probe_texts`; without it the text check cannot fail.
         own_code: the folder ships modelling code that we wrote, to be run on loading.
+        places: device map to load the checkpoint with, for one that does not fit into memory; None loads it whole.
 
     Returns:
         The checks. A process that dies gives a failed check, not an exception.
@@ -103,7 +105,7 @@ def prove_checkpoint(
     with tempfile.TemporaryDirectory(prefix="llm-streamline-proof-") as name:
         folder = Path(name)
         with saving(folder):
-            dtype = _write_request(folder, out, model, own_code)
+            dtype = _write_request(folder, out, model, own_code, places)
         problem = _run_child(folder)
         reply = {} if problem else json.loads((folder / "reply.json").read_text(encoding="utf-8"))
     if problem:
@@ -122,7 +124,9 @@ def prove_checkpoint(
 # --- parent: the question
 
 
-def _write_request(folder: Path, out: Path, model: "PreTrainedModel", own_code: bool) -> str:
+def _write_request(
+    folder: Path, out: Path, model: "PreTrainedModel", own_code: bool, places: dict[str, str] | None
+) -> str:
     import torch
     from safetensors.torch import save_file
 
@@ -137,6 +141,7 @@ def _write_request(folder: Path, out: Path, model: "PreTrainedModel", own_code: 
         "threads": torch.get_num_threads(),
         "attention": getattr(model.config, "_attn_implementation", None),
         "own_code": own_code,
+        "places": places,
     }
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     return dtype

@@ -83,6 +83,8 @@ def answer(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
     options = {"attn_implementation": request["attention"]} if request["attention"] else {}
+    if request["places"]:
+        options |= {"device_map": request["places"], "offload_folder": str(folder / "weights")}
     model, info = AutoModelForCausalLM.from_pretrained(
         request["out"],
         dtype="auto",
@@ -96,14 +98,16 @@ def answer(folder: Path) -> None:
     reply["dtype"] = str(main_dtype(model)).removeprefix("torch.")
     reply["same_device"] = request["same_device"]
     reply["quantization_config"] = bool(getattr(model.config, "quantization_config", None))
-    model.eval().to(request["device"])
+    model.eval()
+    if not request["places"]:
+        model.to(request["device"])
     probe = load_file(folder / "probe.safetensors")
     logits_BTV = logits_of(model, probe["input_ids"])
     finite = bool(torch.isfinite(logits_BTV).all() and torch.isfinite(probe["logits"]).all())
     reply["logit_difference"] = (logits_BTV - probe["logits"]).abs().max().item() if finite else None
     reply["logit_scale"] = probe["logits"].abs().max().item() if finite else None
     reply |= _texts(Path(request["out"]), model, request["own_code"])
-    reply["cache"] = _compare_cache(model, probe["input_ids"])
+    reply["cache"] = _compare_cache(model, probe["input_ids"], widen=not request["places"])
     (folder / "reply.json").write_text(json.dumps(reply), encoding="utf-8")
 
 
@@ -120,8 +124,11 @@ def _texts(out: Path, model: "PreTrainedModel", own_code: bool) -> dict[str, Any
     }
 
 
-def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor") -> dict[str, Any]:
-    """Generate greedily with and without cache, and compare the logits of every step until the tokens part."""
+def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor", widen: bool) -> dict[str, Any]:
+    """Generate greedily with and without cache, and compare the logits of every step until the tokens part.
+
+    In float32 where that fits and `widen` allows it.
+    """
     import torch
 
     result: dict[str, Any] = {"error": None, "window_not_passed": None, "batch": 3}
@@ -134,7 +141,7 @@ def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor") -> di
     if window >= longest + num_new:
         result["window_not_passed"] = window
     lengths = [longest, max(1, longest - 3), max(1, longest // 2)]
-    if _float32_fits(model):
+    if widen and _float32_fits(model):
         model.float()
     result["dtype"] = str(main_dtype(model)).removeprefix("torch.")
     ids, mask = _left_padded(input_ids_BT.flatten(), lengths, _pad_id(model))

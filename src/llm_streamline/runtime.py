@@ -179,6 +179,13 @@ def current_memory_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
+def fits_in_memory(num_bytes: int) -> bool:
+    """Whether the host has room for so many bytes and what working on them takes."""
+    import psutil
+
+    return num_bytes < 0.6 * psutil.virtual_memory().available
+
+
 def versions() -> dict[str, str]:
     """Return what a manifest records about the machine: packages, Python, system, processor, accelerator."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "cpus": str(os.cpu_count())}

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
-from llm_streamline.layer_config import text_config
+from llm_streamline.layer_config import edited_config, text_config
+from llm_streamline.plan import Plan, Selection
 
 # Recent llama.cpp takes the window of each layer from the key attention.sliding_window_pattern when a file has it as a
 # list, and counts otherwise; the step of layers without rotary positions is a constant in its source, in no key at all.
@@ -50,6 +51,23 @@ def periodic_warnings(config: PreTrainedConfig) -> list[str]:
                 "wrong output; transformers reads it from the config"
             )
     return warnings
+
+
+def plan_warnings(config: PreTrainedConfig, plan: Plan) -> list[str]:
+    """`periodic_warnings` of the model that `plan` makes of the one of `config`.
+
+    Raises:
+        ArchitectureError: if the edited model cannot be expressed at all.
+    """
+    return periodic_warnings(edited_config(config, plan.layer_sources()))
+
+
+def with_warnings(config: PreTrainedConfig, plan: Plan) -> Plan:
+    """The plan with these warnings in its selection."""
+    selection = plan.selection or Selection(method="by hand", target="", convention="")
+    return plan.model_copy(
+        update={"selection": selection.model_copy(update={"warnings": tuple(plan_warnings(config, plan))})}
+    )
 
 
 def _first_difference(left: Sequence, right: Sequence) -> int:

@@ -182,6 +182,28 @@ def load_model(
     return LoadedModel(model.eval(), tokenizer, source, torch_dtype, torch_device)
 
 
+def load_skeleton(source: ModelSource) -> "PreTrainedModel":
+    """Return the model without weights, on the meta device, with the folder's generation settings.
+
+    Raises:
+        SourceError: the configuration describes no model that can be built.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    from llm_streamline.replacements.ship import loading_class
+
+    folder, config = model_folder(source), load_config(source)
+    check_size(config, read_weights(folder), source.spec)
+    with torch.device("meta"), quiet_transformers():
+        kind = loading_class(config)
+        own = hasattr(kind, "_from_config")  # the auto class has the method without underscore
+        model = kind._from_config(config) if own else kind.from_config(config, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval()
+
+
 # --- kinds of source
 
 

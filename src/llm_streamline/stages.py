@@ -32,6 +32,7 @@ from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.build import build_replacements
 from llm_streamline.replacements.starts import quick_start
 from llm_streamline.runtime import peak_memory, reset_peak_memory, seed_everything, versions
+from llm_streamline.runtimes import with_warnings
 from llm_streamline.schema import parse
 from llm_streamline.sizing import Decided, decide_size
 from llm_streamline.sources import LoadedModel, ModelSource, load_config, load_model
@@ -132,14 +133,19 @@ def check_text(loaded: LoadedModel, recipe: Recipe) -> None:
 
 def model_facts(loaded: LoadedModel) -> ModelFacts:
     """What a plan keeps of the model."""
-    text = loaded.model.config.get_text_config()
+    return facts_of(loaded.source, loaded.model)
+
+
+def facts_of(source: ModelSource, model: torch.nn.Module) -> ModelFacts:
+    """What a plan keeps of a model whose weights need not be there."""
+    text = model.config.get_text_config()
     return ModelFacts(
-        spec=loaded.source.spec,
-        fingerprint=loaded.source.fingerprint,
+        spec=source.spec,
+        fingerprint=source.fingerprint,
         model_type=text.model_type,
-        num_layers=len(get_layers(loaded.model)),
+        num_layers=len(get_layers(model)),
         hidden_size=text.hidden_size,
-        num_parameters=sum(num_numbers(p) for p in loaded.model.parameters()),
+        num_parameters=sum(num_numbers(p) for p in model.parameters()),
     )
 
 
@@ -228,13 +234,13 @@ def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, w
         calibration=windows["calibration"],
     )
     if recipe.selection.span:
-        return _span_by_hand(recipe, facts)
+        return with_warnings(loaded.model.config, _span_by_hand(recipe, facts))
     size, found, config = _method_wishes(loaded, recipe)
     plan = found.run(probe, config)
     selection = plan.selection or Selection(method=found.name, target="", convention="")
     counted = {"convention": selection.convention or size.convention, "cost": probe.forward_passes}
     selection = selection.model_copy(update={"target": size.target, **counted})
-    return plan.model_copy(update={"selection": selection})
+    return with_warnings(loaded.model.config, plan.model_copy(update={"selection": selection}))
 
 
 def _method_wishes(loaded: LoadedModel, recipe: Recipe) -> tuple[Decided, Method, MethodConfig]:

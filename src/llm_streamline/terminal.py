@@ -12,13 +12,18 @@ def export_answer(done: Any) -> dict[str, Any]:
     return {"out": str(done.path), "dtype": done.dtype, "bytes": done.num_bytes}
 
 
-def plan_of(run: Any) -> Any:
-    """The plan of a run; PlanError when it has none."""
+def plan_of(run: str) -> Any:
+    """The plan in a run's folder, or in a plan file; PlanError when there is none."""
     from llm_streamline.errors import PlanError
+    from llm_streamline.plan import Plan
+    from llm_streamline.report.run import load_run
 
-    if run.plan is None:
-        raise PlanError(f"{run.folder} holds no plan.json; name the folder of a run of compress, train or apply")
-    return run.plan
+    if run.endswith(".json"):
+        return Plan.load(run)
+    plan = load_run(run).plan
+    if plan is None:
+        raise PlanError(f"{run} holds no plan.json; name a plan file, or the folder of a run of compress or apply")
+    return plan
 
 
 def print_json(answer: Any) -> None:
@@ -44,6 +49,8 @@ def show_plan(plan: Any, preview: Any) -> None:
         screen.print(f"target: {plan.selection.target} ({plan.selection.convention})", markup=False)
         for note in plan.selection.notes:
             screen.print(f"note: {note}", markup=False)
+        for warning in plan.selection.warnings:
+            screen.print(f"warning: {warning}", markup=False)
         cost = cost_sentence(plan.selection)
         if cost:
             screen.print(cost, markup=False)

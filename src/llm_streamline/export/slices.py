@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from llm_streamline.errors import PlanError
-from llm_streamline.plan import ModelFacts, Plan, Remove
+from llm_streamline.plan import ModelFacts, Plan, Remove, Selection
 
 
 def to_slices(plan: Plan, *, model: str | None = None, dtype: str = "bfloat16") -> str:
@@ -76,7 +76,13 @@ def from_slices(source: str | Path, facts: ModelFacts) -> Plan:
         position = stop
     if position < facts.num_layers:
         edits.append(Remove(start=position, stop=facts.num_layers))
-    return Plan(model=facts, edits=tuple(edits))
+    removed = sum(edit.stop - edit.start for edit in edits)
+    selection = Selection(
+        method="mergekit slices",
+        target=f"the layers that {path.name} keeps",
+        convention=f"{removed} layers leave, {facts.num_layers - removed} remain",
+    )
+    return Plan(model=facts, edits=tuple(edits), selection=selection)
 
 
 def _runs(content: Any, path: Path) -> list[tuple[int, int]]:

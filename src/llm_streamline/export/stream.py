@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from llm_streamline.arch import find_arch
 from llm_streamline.checkpoint import serve_older_readers, tidy_config
-from llm_streamline.errors import ArchitectureError, PlanError
+from llm_streamline.errors import ArchitectureError, PlanError, SourceError
 from llm_streamline.export.shards import num_bytes, parse_size, split_shards, write_shards
 from llm_streamline.output import check_room, open_output, publish, saving, temporary_folder
 from llm_streamline.quiet import quiet_transformers
-from llm_streamline.sources import ModelSource, load_config, load_tokenizer, model_folder
+from llm_streamline.sources import ModelSource, load_skeleton, load_tokenizer, model_folder
 from llm_streamline.surgery import apply_plan
 from llm_streamline.weights import TensorHeader, Weights, read_header, read_weights
 
@@ -38,6 +38,7 @@ def stream_plan(
     extra_files: Mapping[str, str] | None = None,
     max_shard_size: str = "5GB",
     with_tokenizer: bool = True,
+    dtype: "torch.dtype | None" = None,
 ) -> Path:
     """Write the checkpoint of the model that is left when a plan's layers are removed.
 
@@ -50,29 +51,27 @@ def stream_plan(
         extra_files: name -> text, put beside the weights.
         max_shard_size: weights above this are split.
         with_tokenizer: False for a model that has none.
+        dtype: of the weights written; None keeps the checkpoint's own.
 
     Returns:
         The folder.
 
     Raises:
         PlanError: the plan replaces layers, which takes a training, or is for another model.
+        SourceError: a tensor has another shape than the config says.
         ArchitectureError: the edit is not sound, or the files' names do not tell where the layers are.
         OutputError: the folder is not ours, or cannot be written; nothing is left under a real name.
     """
-    replaced = [edit for edit in plan.edits if edit.kind != "remove"]
-    if replaced:
-        raise PlanError(
-            f"the plan makes new weights for [{replaced[0].start}, {replaced[0].stop}), which must be trained or made: "
-            "use `train` or `apply`; only removing layers works without loading it"
-        )
+    check_streamable(plan)
     folder = model_folder(source)
     weights = read_weights(folder)
-    skeleton = _skeleton(source, folder)
+    skeleton = load_skeleton(source)
+    _check_shapes(skeleton, weights, source.spec)
     arch = find_arch(skeleton)
     first = skeleton.get_submodule(arch.layers)[0]
     prefix = _layer_prefix(weights, arch.layers, first, arch.num_layers, source.spec)
     sources = apply_plan(skeleton, plan)
-    dtype = _own_dtype(skeleton, weights)
+    dtype = dtype or own_dtype(skeleton, weights)
     tidy_config(skeleton, dtype, {})
     renamed = _renamed(weights, prefix, sources, skeleton)
     headers = {new: _header(skeleton, new, weights.tensors[old], dtype) for new, old in renamed.items()}
@@ -95,16 +94,25 @@ def stream_plan(
     return out
 
 
-def _skeleton(source: ModelSource, folder: Path) -> "PreTrainedModel":
-    """The model without weights, with the folder's generation settings."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def check_streamable(plan: "Plan") -> None:
+    """Raise PlanError unless the plan only removes layers."""
+    replaced = [edit for edit in plan.edits if edit.kind != "remove"]
+    if replaced:
+        raise PlanError(
+            f"the plan makes new weights for [{replaced[0].start}, {replaced[0].stop}), which must be trained or made: "
+            "use `train` or `apply`; only removing layers works without loading it"
+        )
 
-    with torch.device("meta"), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(load_config(source), trust_remote_code=False)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model.eval()
+
+def _check_shapes(skeleton: "PreTrainedModel", weights: Weights, spec: str) -> None:
+    """Refuse tensors that are not what the config describes, as far as files and model name them alike."""
+    for name, wanted in skeleton.state_dict().items():
+        header = weights.tensors.get(name)
+        if header is not None and header.shape != tuple(wanted.shape):
+            raise SourceError(
+                f"tensor {name} of {spec} has the shape {list(header.shape)}, its config asks for "
+                f"{list(wanted.shape)}; download the model again"
+            )
 
 
 def _layer_prefix(weights: Weights, path: str, layer: "nn.Module", num_layers: int, spec: str) -> str:
@@ -132,7 +140,8 @@ def _layer_prefix(weights: Weights, path: str, layer: "nn.Module", num_layers: i
     return found[0]
 
 
-def _own_dtype(skeleton: "PreTrainedModel", weights: Weights) -> "torch.dtype":
+def own_dtype(skeleton: "PreTrainedModel", weights: Weights) -> "torch.dtype":
+    """What the config says, else what most of the stored numbers are."""
     import torch
 
     stated = skeleton.config.get_text_config(decoder=True).dtype

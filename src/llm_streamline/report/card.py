@@ -256,6 +256,8 @@ def _limits(run: Run) -> list[str]:
             )
     if run.training is None and run.plan and any(isinstance(edit, Replace) for edit in run.plan.edits):
         limits.append("The replacement was not trained.")
+    if run.plan and run.plan.selection:
+        limits += [f"{warning[0].upper()}{warning[1:]}." for warning in run.plan.selection.warnings]
     limits += [
         "Knowledge held by the layers that left may be gone in ways that no figure above shows.",
         "Safety and alignment were not evaluated again; treat the model as untested in that respect.",

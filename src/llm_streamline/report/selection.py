@@ -71,7 +71,7 @@ def why(selection: Selection, chosen: Sequence[tuple[int, int]]) -> list[str]:
     if selection.margin is not None:
         text.append(_margin(selection))
     cost = cost_sentence(selection)
-    return [*text, *map(_sentence, selection.notes), *([cost] if cost else [])]
+    return [*text, *map(_sentence, (*selection.notes, *selection.warnings)), *([cost] if cost else [])]
 
 
 def _by_score_alone(selection: Selection, winner: Candidate) -> list[str]:

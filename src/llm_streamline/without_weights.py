@@ -1,0 +1,97 @@
+"""What can be done to a model that is never loaded: read slices, preview a plan, cut its files and prove the result."""
+
+from pathlib import Path
+
+from llm_streamline import stages
+from llm_streamline.arch import check_architecture, find_arch
+from llm_streamline.config import Recipe
+from llm_streamline.errors import ConfigError
+from llm_streamline.estimate import preview_plan
+from llm_streamline.evaluation.size import model_size
+from llm_streamline.export.reference import cut_original, layers_on_disk
+from llm_streamline.export.slices import from_slices
+from llm_streamline.export.stream import check_streamable, own_dtype, stream_plan
+from llm_streamline.logs import get_logger
+from llm_streamline.output import check_output, remove_manifest
+from llm_streamline.plan import Plan
+from llm_streamline.proof import Proof, prove_checkpoint
+from llm_streamline.replacements.ship import needs_code
+from llm_streamline.report.tables import Preview
+from llm_streamline.run_folder import finish, opened, protected
+from llm_streamline.runtime import fits_in_memory, pick_dtype
+from llm_streamline.runtimes import plan_warnings, with_warnings
+from llm_streamline.sources import ModelSource, load_config, load_skeleton, load_tokenizer, model_folder, resolve_model
+from llm_streamline.weights import read_weights
+
+log = get_logger()
+
+
+def read_slices(path: str | Path, source: ModelSource) -> Plan:
+    """The plan that a file of mergekit's slices describes for a model.
+
+    Raises:
+        PlanError: the file says something else than which layers of one model stay.
+        ArchitectureError: this family is not edited.
+    """
+    config = load_config(source)
+    check_architecture(config)
+    return with_warnings(config, from_slices(path, stages.facts_of(source, load_skeleton(source))))
+
+
+def preview_without_weights(source: ModelSource, plan: Plan, dtype: str = "auto") -> Preview:
+    """Sizes and expected speed of a plan that trains nothing.
+
+    Args:
+        source: from `resolve_model`.
+        plan: with edits of kind remove only.
+        dtype: of the weights; auto is the checkpoint's own.
+    """
+    skeleton = load_skeleton(source)
+    skeleton.to(pick_dtype(dtype, own_dtype(skeleton, read_weights(model_folder(source)))))
+    return preview_plan(skeleton, model_size(skeleton), plan, Recipe().training, seq_len=1, layer_seconds_per_token=0.0)
+
+
+def apply_on_files(
+    plan: Plan, model: str, out: str | Path, recipe: Recipe, *, fresh: bool = False
+) -> tuple[Path, Preview, Proof]:
+    """Cut a model's files tensor by tensor, then prove the result against the original, read one layer at a time.
+
+    Args:
+        plan: with edits of kind remove only.
+        model: folder, Hub id, .gguf file or `demo`.
+        out: output folder.
+        recipe: dtype; the work is done on the CPU.
+        fresh: start over.
+
+    Raises:
+        PlanError: the plan replaces layers, or was made for another model.
+        ConfigError: a device other than the CPU is asked for.
+        ProofError: the saved checkpoint does not behave like the original without those layers.
+    """
+    check_streamable(plan)
+    if recipe.device not in ("auto", "cpu"):
+        raise ConfigError(f"--stream cuts files and needs no device; got {recipe.device}: leave --device out")
+    source = resolve_model(model)
+    check_architecture(load_config(source))
+    check_output(out, source=protected(source))
+    skeleton = load_skeleton(source)
+    plan.check_fits(stages.facts_of(source, skeleton))
+    weights = read_weights(model_folder(source))
+    dtype = pick_dtype(recipe.dtype, own_dtype(skeleton, weights))
+    arch = find_arch(skeleton)
+    size = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+    places = None if fits_in_memory(size) else layers_on_disk(skeleton, arch.layers, plan.num_layers_after)
+    del skeleton
+    for warning in plan_warnings(load_config(source), plan):
+        log.warning("%s", warning)
+    preview = preview_without_weights(source, plan, recipe.dtype)
+    tokenizer = load_tokenizer(source)
+    with opened(out, fresh, source) as out, cut_original(source, plan, dtype, out) as reference:
+        remove_manifest(out)
+        log.info("cutting the files of %s", source.spec)
+        stream_plan(source, plan, out, dtype=dtype)
+        log.info("proving the checkpoint")
+        proof = prove_checkpoint(out, reference, tokenizer, own_code=needs_code(reference), places=places)
+    proof.raise_if_failed()
+    finish(out, plan, recipe, source, {"stage": "apply", "streamed": True})
+    return out, preview, proof
