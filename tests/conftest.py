@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on more 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+from recording import pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401 - hooks
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -92,7 +92,8 @@ def test_the_options_of_the_issue_are_there():
     commands = typer.main.get_command(cli.app).commands
     options = {option for parameter in commands["compress"].params for option in parameter.opts}
     wanted = (
-        "-o --layers --sparsity --params --recipe --text --calibration-tokens --train-tokens --seq-len --replacement "
+        "-o --layers --sparsity --params --memory --kv-cache --latency --recipe --text --calibration-tokens "
+        "--train-tokens --seq-len --replacement "
         "--objective --span --verify --seed --device --dtype --fresh --json"
     )
     assert set(wanted.split()) <= options
@@ -105,7 +106,18 @@ def test_every_recipe_option_has_its_key():
     from llm_streamline.config import load_recipe
     from llm_streamline.options import overrides
 
-    values = {"layers": 3, "span": "1:2", "text": ["builtin"], "params": None, "sparsity": None, "replacement": "none"}
+    values = {
+        "layers": 3,
+        "span": "1:2",
+        "text": ["builtin"],
+        "params": None,
+        "sparsity": None,
+        "memory": None,
+        "kv_cache": None,
+        "latency": None,
+        "replacement": "none",
+    }
+    values |= dict.fromkeys(("memory", "kv_cache", "latency"))
     values |= {"count": "net", "method": "shortgpt", "verify": 1, "calibration_tokens": "1k", "train_tokens": "0"}
     values |= {"seq_len": 8, "objective": "lm", "trainable": "norms", "seed": 1, "device": "cpu", "dtype": "float32"}
     assert values.keys() == RECIPE_OPTIONS
@@ -147,6 +159,15 @@ SMALL = ["--seq-len", 32, "--calibration-tokens", 64, "--train-tokens", 64]
         (["--params", "1T"], "nothing would be removed"),
         (["--params", "lots"], "'lots' is no count"),
         (["--layers", 2, "--sparsity", 0.2], "layers and sparsity are both given"),
+        (["--memory", "1GiB", "--kv-cache", "1KiB"], "memory and kv_cache are both given"),
+        (["--memory", "some"], "'some' is no number of bytes"),
+        (["--memory", "9GiB"], "nothing would be removed"),
+        (["--memory", 100], "at most 5 layers can go, which leaves 42,688 bytes"),
+        (["--kv-cache", "1TiB@4k"], "of KV cache at 4,000 tokens) is no smaller than the model's"),
+        (["--kv-cache", 1], "at most 5 layers can go, which leaves 64 bytes"),
+        (["--kv-cache", "1KiB@0"], "at least 1 token"),
+        (["--latency", "2x"], "between 0 and 1 exclusive, got 2.0"),
+        (["--latency", "fast"], "'fast' is no ratio"),
         (["--method", "streamlin"], "no method 'streamlin'. Did you mean 'streamline'?"),
         (["--replacement", "lstm"], "replacement.kind"),
         (["--objective", "mes"], "Did you mean 'mse'?"),

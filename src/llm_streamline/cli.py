@@ -52,6 +52,9 @@ def compress(
     layers: o.LayersOption = None,
     sparsity: o.SparsityOption = None,
     params: o.ParamsOption = None,
+    memory: o.MemoryOption = None,
+    kv_cache: o.KvCacheOption = None,
+    latency: o.LatencyOption = None,
     count: o.CountOption = None,
     span: o.SpanOption = None,
     method: o.MethodOption = None,
@@ -130,6 +133,9 @@ def plan(
     layers: o.LayersOption = None,
     sparsity: o.SparsityOption = None,
     params: o.ParamsOption = None,
+    memory: o.MemoryOption = None,
+    kv_cache: o.KvCacheOption = None,
+    latency: o.LatencyOption = None,
     count: o.CountOption = None,
     span: o.SpanOption = None,
     method: o.MethodOption = None,
@@ -383,21 +389,24 @@ def export(
         str,
         typer.Argument(help="Folder of a run; a plan.json for --slices; a .gguf file for --plan.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File (for --onnx folder) to write.", show_default=False)],
     gguf: Annotated[
         str | None, typer.Option("--gguf", help="F32, F16, BF16, Q8_0, Q4_0, ...: a GGUF file of that type.")
     ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="A folder with an ONNX model, checked with ONNX Runtime.")
+    ] = False,
     slices: Annotated[bool, typer.Option("--slices", help="mergekit's slices, for a run that only removes.")] = False,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Cut a GGUF file by this plan without leaving the format.")
     ] = None,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Write a run as a GGUF file or as mergekit slices, or cut a GGUF file by a plan."""
+    """Write a run as a GGUF file, an ONNX model or mergekit slices, or cut a GGUF file by a plan."""
     from llm_streamline.errors import ConfigError
 
-    if sum((gguf is not None, slices, plan is not None)) != 1:
-        raise ConfigError("export wants exactly one of --gguf TYPE, --slices, --plan FILE")
+    if sum((gguf is not None, onnx, slices, plan is not None)) != 1:
+        raise ConfigError("export wants exactly one of --gguf TYPE, --onnx, --slices, --plan FILE")
     if slices:
         from llm_streamline.export.slices import to_slices
         from llm_streamline.export.whole_file import new_file
@@ -411,6 +420,10 @@ def export(
         from llm_streamline.plan import Plan
 
         answer = terminal.export_answer(cut_gguf(run, out, Plan.load(plan)))
+    elif onnx:
+        from llm_streamline.export.onnx import export_onnx
+
+        answer = terminal.export_answer(export_onnx(run, out))
     else:
         from llm_streamline.export.gguf import export_gguf
 
@@ -482,9 +495,10 @@ def simulate(
 @app.command()
 def architectures(as_json: o.JsonOption = False) -> None:
     """List the model families of the installed transformers: sound, refused with the reason, or untested."""
-    from llm_streamline.architectures import list_architectures
+    from llm_streamline.architectures import list_architectures, proven_on
 
     found = list_architectures()
+    print(proven_on(), file=sys.stderr)
     if as_json:
         terminal.print_json([{"model_type": f.model_type, "status": f.status, "reason": f.reason} for f in found])
         return

@@ -23,6 +23,7 @@ from llm_streamline.errors import ConfigError
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.plan import Init, Network
 from llm_streamline.schema import FrozenModel, did_you_mean, parse
+from llm_streamline.sizes import parse_size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPLACEMENTS = ("none", "layer", "ffn", "swiglu", "linear", "patch", "bias", "scale")
@@ -47,12 +48,48 @@ def parse_count(text: Any) -> int:
         raise ValueError(f"{text!r} is no count; write for example 256000, 256k or 5.4B") from None
 
 
+TARGETS = ("layers", "sparsity", "params", "memory", "kv_cache", "latency")
+
+
+def parse_bytes(value: Any) -> int:
+    """Read a number of bytes: 9GiB, 512MB, 20KiB, or plain 20480.
+
+    Raises:
+        ValueError: if it is no positive number of bytes.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().isdigit():
+        return int(value)
+    try:
+        return parse_size(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no number of bytes; write for example 9GiB, 512MB or 20480") from None
+
+
+def _parse_ratio(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value.strip().lower().removesuffix("x"))
+    except ValueError:
+        raise ValueError(f"{value!r} is no ratio; write for example 0.75x") from None
+
+
 class Target(FrozenModel):
-    """How much smaller. At most one of the three; none of them means a quarter of the layers."""
+    """How much smaller. At most one of the limits; none of them means a quarter of the layers."""
 
     layers: int | None = Field(None, description="layers fewer, counted as `count` says")
     sparsity: float | None = Field(None, description="share of all parameters, embeddings and head included, to lose")
     params: int | None = Field(None, description="parameters the result may have at most; 5.4B is understood")
+    memory: int | None = Field(None, description="bytes the result's weights may take at most; 9GiB is understood")
+    kv_cache: str | None = Field(
+        None,
+        description="bytes of KV cache the result may take at most, a token (20KiB) or at a context (2GiB@32k)",
+    )
+    latency: float | None = Field(
+        None, description="time of one generated token at most, as a ratio to the original's; measured on this machine"
+    )
     count: Literal["net", "removed"] = Field(
         "net",
         description="net: the result has `layers` fewer, so layers + m leave when m are put back; "
@@ -60,18 +97,50 @@ class Target(FrozenModel):
     )
 
     _read_count = field_validator("params", mode="before")(lambda value: value if value is None else parse_count(value))
+    _read_bytes = field_validator("memory", mode="before")(lambda value: value if value is None else parse_bytes(value))
+    _read_ratio = field_validator("latency", mode="before")(_parse_ratio)
+
+    @field_validator("kv_cache", mode="before")
+    @classmethod
+    def _read_kv_cache(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        size, at, context = str(value).partition("@")
+        num_bytes, tokens = parse_bytes(size), parse_count(context) if at else 1
+        if num_bytes < 1 or tokens < 1:
+            raise ValueError(f"the KV cache may take at least 1 byte, at a context of at least 1 token, got {value!r}")
+        return f"{num_bytes}@{tokens}" if at else str(num_bytes)
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes that the KV cache may take at most, a token or at `kv_context`."""
+        return int(self.kv_cache.partition("@")[0]) if self.kv_cache else None
+
+    @property
+    def kv_context(self) -> int | None:
+        """Tokens in the cache at which `kv_bytes` is meant; None for one token."""
+        context = self.kv_cache.partition("@")[2] if self.kv_cache else ""
+        return int(context) if context else None
+
+    @property
+    def limited(self) -> str | None:
+        """What has a limit: one of `TARGETS` without layers; None where layers are counted."""
+        return next((name for name in TARGETS[1:] if getattr(self, name) is not None), None)
 
     @model_validator(mode="after")
     def _one(self) -> "Target":
-        given = [name for name in ("layers", "sparsity", "params") if getattr(self, name) is not None]
+        given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are both given; a target is one of layers, sparsity, params")
+            raise ValueError(f"{' and '.join(given)} are both given; a target is one of {', '.join(TARGETS)}")
         if self.layers is not None and self.layers < 1:
             raise ValueError(f"layers must be at least 1, got {self.layers}: nothing would be removed")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise ValueError(f"sparsity is a share of all parameters between 0 and 1 exclusive, got {self.sparsity}")
-        if self.params is not None and self.params < 1:
-            raise ValueError(f"params must be positive, got {self.params}")
+        if self.latency is not None and not 0 < self.latency < 1:
+            raise ValueError(f"latency is a ratio to the original's between 0 and 1 exclusive, got {self.latency}")
+        for name in ("params", "memory"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         return self
 
 
@@ -289,7 +358,7 @@ def load_recipe(path: str | Path | None, overrides: dict[str, Any] | None = None
         if not isinstance(loaded, dict | None):
             raise ConfigError(f"{path}: a recipe is a mapping of keys to values, got {type(loaded).__name__}")
         data = loaded or {}
-    target_keys = {"target.layers", "target.sparsity", "target.params"}
+    target_keys = {f"target.{name}" for name in TARGETS}
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     if target_keys & given.keys():  # a target on the command line replaces the recipe's, it is not a second one
         before = data.get("target") or {}

@@ -88,9 +88,14 @@ def read_config(folder: Path, spec: str) -> "PretrainedConfig":
 
 
 def check_size(config: "PretrainedConfig", weights: Weights, spec: str) -> None:
-    """Refuse a config that describes a much larger model than the weights hold, before memory is allocated for it."""
+    """Refuse a config that describes another model than the weights hold, before memory is allocated for it.
+
+    Shapes are compared where files and model name a tensor alike; for the rest a much larger model is refused.
+    """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from llm_streamline.layer_config import CODE_KEY
 
     try:
         with torch.device("meta"):
@@ -103,6 +108,15 @@ def check_size(config: "PretrainedConfig", weights: Weights, spec: str) -> None:
             f"config.json of {spec} describes {expected:,} parameters, its weights hold {weights.num_elements:,}; "
             "download it again"
         )
+    if getattr(config.get_text_config(decoder=True), CODE_KEY, None):
+        return  # an MLP of ours stands where the stock model has a layer
+    for name, wanted in skeleton.state_dict().items():
+        header = weights.tensors.get(name)
+        if header is not None and header.shape != tuple(wanted.shape):
+            raise SourceError(
+                f"tensor {name} of {spec} has the shape {list(header.shape)}, its config asks for "
+                f"{list(wanted.shape)}; download the model again"
+            )
 
 
 def check_loading(info: Any, spec: str) -> None:

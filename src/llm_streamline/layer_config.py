@@ -39,6 +39,10 @@ INDEX_KEYS = (
     "full_attention_layers",
     "cross_attention_layers",
 )
+# Settings of single layers in a dictionary, by index.
+CODE_KEY = "streamline_mlp_layers"  # ours: the MLP that an earlier run put in a layer's place
+MAP_KEY = "streamline_maps"  # ours: kind of the map behind a layer
+INDEX_DICT_KEYS = (CODE_KEY, MAP_KEY)
 # Lists whose length may be L by chance.
 NOT_PER_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "keys_to_ignore_at_inference")
 
@@ -128,6 +132,16 @@ def _index_lists(old, new, sources):
         value = vars(old).get(key)
         if isinstance(value, (list, tuple)):
             setattr(new, key, type(value)(place for place, source in enumerate(sources) if source in value))
+
+
+def _index_dicts(old, new, sources):
+    for key in INDEX_DICT_KEYS:
+        value = vars(old).get(key)
+        if isinstance(value, dict):
+            kept = {str(p): copy.deepcopy(value[str(s)]) for p, s in enumerate(sources) if str(s) in value}
+            setattr(new, key, kept)
+            if not kept:
+                delattr(new, key)
 
 
 def _sparse_step(old, new, sources):
@@ -224,6 +238,7 @@ _RULES: tuple[Rule, ...] = (
     _counts,
     _lists,
     _index_lists,
+    _index_dicts,
     _sparse_step,
     _first_dense,
     _sparse_range,

@@ -35,6 +35,27 @@ SparsityOption = Annotated[
 ParamsOption = Annotated[
     str | None, typer.Option("--params", help="Parameters at most, as in 5.4B.", rich_help_panel=_TARGET)
 ]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Bytes of weights at most, as in 9GiB.", rich_help_panel=_TARGET)
+]
+KvCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        help="KV cache at most: 20KiB a token, or 2GiB@32k at a context.",
+        metavar="BYTES[@CONTEXT]",
+        rich_help_panel=_TARGET,
+    ),
+]
+LatencyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--latency",
+        help="Time of a generated token at most, as a ratio to the original's measured here: 0.75x.",
+        metavar="RATIO",
+        rich_help_panel=_TARGET,
+    ),
+]
 CountOption = Annotated[
     str | None,
     typer.Option(
@@ -99,6 +120,9 @@ _KEYS = {
     "layers": "target.layers",
     "sparsity": "target.sparsity",
     "params": "target.params",
+    "memory": "target.memory",
+    "kv_cache": "target.kv_cache",
+    "latency": "target.latency",
     "count": "target.count",
     "span": "selection.span",
     "method": "selection.method",

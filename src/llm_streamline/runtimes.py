@@ -13,17 +13,20 @@ from llm_streamline.plan import Plan, Selection
 
 # Recent llama.cpp takes the window of each layer from the key attention.sliding_window_pattern when a file has it as a
 # list, and counts otherwise; the step of layers without rotary positions is a constant in its source, in no key at all.
-_LLAMA_CPP = "llama.cpp and what is built on it"
-_OLD_TRANSFORMERS = "transformers before 4.53"
+LLAMA_CPP = "llama.cpp and what is built on it"
+OLD_TRANSFORMERS = "transformers before 4.53"
+MLX = "MLX (mlx-lm)"  # counts by sliding_window_pattern, for Llama 4 by the constant 4; reads SmolLM3's list
+VLLM = "vLLM"  # counts for gpt-oss only, as TensorRT-LLM does
+TENSORRT_LLM = "TensorRT-LLM"
 # Family -> (per-layer config key, runtimes that count instead of reading it).
-_COUNTED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "gemma2": (("layer_types", (_LLAMA_CPP, _OLD_TRANSFORMERS)),),
-    "gemma3_text": (("layer_types", (_LLAMA_CPP, _OLD_TRANSFORMERS)),),
-    "cohere2": (("layer_types", (_LLAMA_CPP, _OLD_TRANSFORMERS)),),
-    "gpt_oss": (("layer_types", (_LLAMA_CPP, "vLLM", "TensorRT-LLM")),),
-    "exaone4": (("layer_types", (_LLAMA_CPP,)),),
-    "smollm3": (("no_rope_layers", (_LLAMA_CPP,)),),
-    "llama4_text": (("no_rope_layers", (_LLAMA_CPP,)), ("moe_layers", (_LLAMA_CPP,))),
+COUNTED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "gemma2": (("layer_types", (LLAMA_CPP, OLD_TRANSFORMERS)),),
+    "gemma3_text": (("layer_types", (LLAMA_CPP, OLD_TRANSFORMERS, MLX)),),
+    "cohere2": (("layer_types", (LLAMA_CPP, OLD_TRANSFORMERS, MLX)),),
+    "gpt_oss": (("layer_types", (LLAMA_CPP, VLLM, TENSORRT_LLM)),),
+    "exaone4": (("layer_types", (LLAMA_CPP, MLX)),),
+    "smollm3": (("no_rope_layers", (LLAMA_CPP,)),),
+    "llama4_text": (("no_rope_layers", (LLAMA_CPP, MLX)), ("moe_layers", (LLAMA_CPP, MLX))),
 }
 # Keys that state a pattern; without them a config class falls back to the family's own rule.
 _EXPLICIT = ("layer_types", "no_rope_layers", "moe_layers", "mlp_only_layers", "mlp_layer_types")
@@ -36,7 +39,7 @@ def periodic_warnings(config: PreTrainedConfig) -> list[str]:
     not told otherwise.
     """
     text = text_config(config)
-    counted = _COUNTED.get(text.model_type, ())
+    counted = COUNTED.get(text.model_type, ())
     if not counted:
         return []
     told = text.to_dict()

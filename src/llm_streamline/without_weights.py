@@ -86,12 +86,13 @@ def apply_on_files(
         log.warning("%s", warning)
     preview = preview_without_weights(source, plan, recipe.dtype)
     tokenizer = load_tokenizer(source)
-    with opened(out, fresh, source) as out, cut_original(source, plan, dtype, out) as reference:
-        remove_manifest(out)
-        log.info("cutting the files of %s", source.spec)
-        stream_plan(source, plan, out, dtype=dtype)
-        log.info("proving the checkpoint")
-        proof = prove_checkpoint(out, reference, tokenizer, own_code=needs_code(reference), places=places)
-    proof.raise_if_failed()
-    finish(out, plan, recipe, source, {"stage": "apply", "streamed": True})
-    return out, preview, proof
+    with opened(out, fresh, source) as run:
+        with run.taken_back_if_refused(), cut_original(source, plan, dtype, run.folder) as reference:
+            remove_manifest(run.out)
+            log.info("cutting the files of %s", source.spec)
+            stream_plan(source, plan, run.out, dtype=dtype)
+            log.info("proving the checkpoint")
+            proof = prove_checkpoint(run.out, reference, tokenizer, own_code=needs_code(reference), places=places)
+        proof.raise_if_failed()
+        finish(run.out, plan, recipe, source, {"stage": "apply", "streamed": True})
+    return run.out, preview, proof

@@ -210,11 +210,17 @@ def test_weights_that_do_not_fit_the_config_are_refused_before_anything_is_writt
         tensors[name + ".lost"] = tensors.pop(name)
         edit_index(folder, name, name + ".lost")
     save_file(tensors, victim, {"format": "pt"})
-    source = resolve_model(folder)
-    plan = plan.model_copy(update={"model": facts_of(source, load_skeleton(source))})
     with pytest.raises(SourceError, match=r"has the shape|lacks 1 of the weights"):
-        apply_plan(plan, str(folder), tmp_path / "out", stream=True)
+        apply_refitted(plan, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def apply_refitted(plan, folder, out):
+    """Apply a plan as if it had been made for the folder as it is now."""
+    source = resolve_model(folder)
+    apply_plan(
+        plan.model_copy(update={"model": facts_of(source, load_skeleton(source))}), str(folder), out, stream=True
+    )
 
 
 def edit_index(folder, old, new):

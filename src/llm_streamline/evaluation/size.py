@@ -35,19 +35,34 @@ def _count(parameters: dict[int, Tensor]) -> int:
     return sum(num_numbers(p) for p in parameters.values())
 
 
-@torch.inference_mode()
 def kv_bytes_per_token(model: nn.Module) -> int:
     """Return the bytes that one token adds to the key-value cache of all layers together, batch of one.
 
-    Read off the cache that the model itself makes, so grouped heads, latent attention and shared caches count as they
-    are. Sliding layers cost this until their window is full; recurrent states, which do not grow, count nothing.
+    Sliding layers cost this until their window is full; see `kv_bytes_of_layers`.
     """
+    return sum(kv_bytes_of_layers(model))
+
+
+@torch.inference_mode()
+def kv_bytes_of_layers(model: nn.Module, context: int = 1) -> list[int]:
+    """Return the bytes that each layer's key-value cache takes at a context, batch of one.
+
+    Read off the cache that the model itself makes, so grouped heads, latent attention and shared caches count as they
+    are. A sliding layer keeps no more tokens than its window; recurrent states, which do not grow, count nothing.
+
+    Args:
+        model: any causal language model.
+        context: tokens in the cache.
+    """
+    num_layers = len(get_layers(model))
     device = model.get_input_embeddings().weight.device
     ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.long, device=device)
     cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    total = 0
-    for layer in getattr(cache, "layers", None) or ():
+    found = [0] * num_layers
+    for index, layer in enumerate(getattr(cache, "layers", None) or ()):
+        window = getattr(layer, "sliding_window", None)
+        tokens = min(context, window) if isinstance(window, int) else context
         for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if isinstance(part, Tensor) and part.dim() == 4:  # (batch, heads, tokens, head width)
-                total += part.numel() * part.element_size() // part.shape[2]
-    return total
+                found[min(index, num_layers - 1)] += part.numel() * part.element_size() // part.shape[2] * tokens
+    return found

@@ -42,8 +42,9 @@ def quantise_file(source: Path, out_file: Path, dtype: str) -> None:
             quantise(source, out_file, MIXED_TYPES[dtype])
             return
     raise MissingExtraError(
-        f"{dtype} is made by llama.cpp itself: pip install cyllama (or llama-cpp-python), or export F16 and run "
-        f"llama-quantize on it; Q8_0, Q5_1, Q5_0, Q4_1 and Q4_0 need neither"
+        f'{dtype} is made by llama.cpp itself: pip install "llm-streamline[gguf]" brings its binding cyllama '
+        "(llama-cpp-python will do as well), or export F16 and run llama-quantize on it; Q8_0, Q5_1, Q5_0, Q4_1 and "
+        "Q4_0 need neither"
     )
 
 

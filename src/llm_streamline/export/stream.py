@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from llm_streamline.arch import find_arch
 from llm_streamline.checkpoint import serve_older_readers, tidy_config
-from llm_streamline.errors import ArchitectureError, PlanError, SourceError
+from llm_streamline.errors import ArchitectureError, PlanError
 from llm_streamline.export.shards import num_bytes, parse_size, split_shards, write_shards
 from llm_streamline.output import check_room, open_output, publish, saving, temporary_folder
 from llm_streamline.quiet import quiet_transformers
+from llm_streamline.replacements.ship import shipped_files
 from llm_streamline.sources import ModelSource, load_skeleton, load_tokenizer, model_folder
 from llm_streamline.surgery import apply_plan
 from llm_streamline.weights import TensorHeader, Weights, read_header, read_weights
@@ -66,13 +67,13 @@ def stream_plan(
     folder = model_folder(source)
     weights = read_weights(folder)
     skeleton = load_skeleton(source)
-    _check_shapes(skeleton, weights, source.spec)
     arch = find_arch(skeleton)
     first = skeleton.get_submodule(arch.layers)[0]
     prefix = _layer_prefix(weights, arch.layers, first, arch.num_layers, source.spec)
     sources = apply_plan(skeleton, plan)
     dtype = dtype or own_dtype(skeleton, weights)
-    tidy_config(skeleton, dtype, {})
+    files = {**shipped_files(skeleton), **(extra_files or {})}
+    tidy_config(skeleton, dtype, files)
     renamed = _renamed(weights, prefix, sources, skeleton)
     headers = {new: _header(skeleton, new, weights.tensors[old], dtype) for new, old in renamed.items()}
     out = open_output(out, source=source.path)
@@ -88,7 +89,7 @@ def stream_plan(
         shards = split_shards(headers.items(), parse_size(max_shard_size))
         write_shards(staging, shards, headers, _reader(weights, renamed, headers))
         serve_older_readers(staging)
-        for name, text in (extra_files or {}).items():
+        for name, text in files.items():
             (staging / name).write_text(text, encoding="utf-8")
         publish(staging, out, last="config.json")
     return out
@@ -102,17 +103,6 @@ def check_streamable(plan: "Plan") -> None:
             f"the plan makes new weights for [{replaced[0].start}, {replaced[0].stop}), which must be trained or made: "
             "use `train` or `apply`; only removing layers works without loading it"
         )
-
-
-def _check_shapes(skeleton: "PreTrainedModel", weights: Weights, spec: str) -> None:
-    """Refuse tensors that are not what the config describes, as far as files and model name them alike."""
-    for name, wanted in skeleton.state_dict().items():
-        header = weights.tensors.get(name)
-        if header is not None and header.shape != tuple(wanted.shape):
-            raise SourceError(
-                f"tensor {name} of {spec} has the shape {list(header.shape)}, its config asks for "
-                f"{list(wanted.shape)}; download the model again"
-            )
 
 
 def _layer_prefix(weights: Weights, path: str, layer: "nn.Module", num_layers: int, spec: str) -> str:

@@ -10,13 +10,11 @@ from torch import nn
 
 from llm_streamline.arch import ArchSpec, get_layers, mlp_facts, silence_attention
 from llm_streamline.errors import ArchitectureError
-from llm_streamline.layer_config import mlp_width, text_config
+from llm_streamline.layer_config import CODE_KEY, mlp_width, text_config
 from llm_streamline.measure.partial import layers_return_tuples
 from llm_streamline.plan import Plan, Replace
 from llm_streamline.replacements.base import Replacement, layers_at
 from llm_streamline.replacements.mlp_layer import build_mlp_layer
-
-CODE_KEY = "streamline_mlp_layers"  # config key: layer index -> settings of the MlpLayer that stands there
 
 
 class MlpReplacement(Replacement):

@@ -6,10 +6,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from llm_streamline.arch import find_arch
-from llm_streamline.layer_config import text_config
+from llm_streamline.layer_config import CODE_KEY, MAP_KEY, text_config
 from llm_streamline.replacements import mlp_layer
-from llm_streamline.replacements.mlp import CODE_KEY
-from llm_streamline.replacements.stream import MAP_KEY
 from llm_streamline.structure import find_layers_path
 
 MODULE_NAME = "modeling_streamline"
@@ -59,7 +57,7 @@ def loading_class(config: PreTrainedConfig) -> type:
             super().__init__(config)
             text = text_config(config)
             layers = self.get_submodule(find_layers_path(self, text))
-            for index, settings in (getattr(text, CODE_KEY, None) or {}).items():
+            for index, settings in (getattr(text, CODE_KEY, None) or {}).items():  # a later cut may leave none
                 layers[int(index)] = mlp_layer.build_mlp_layer(settings, layers[int(index)], text.hidden_size)
             for index, kind in (getattr(text, MAP_KEY, None) or {}).items():
                 mlp_layer.add_stream_map(layers[int(index)], mlp_layer.StreamMap(kind, text.hidden_size))

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from llm_streamline.arch import ArchSpec, fold_obstacle, get_layers, mlp_facts, present, silencing
 from llm_streamline.errors import ArchitectureError
-from llm_streamline.layer_config import text_config
+from llm_streamline.layer_config import MAP_KEY, text_config
 from llm_streamline.plan import Plan, Replace
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.mlp import add_mlp_biases
 from llm_streamline.replacements.mlp_layer import StreamMap, add_stream_map
 from llm_streamline.surgery import shallow_copy
-
-MAP_KEY = "streamline_maps"  # config key: layer index -> kind of the map behind that layer
 
 
 class StreamReplacement(Replacement):

@@ -18,7 +18,6 @@ from llm_streamline.report.run import Run, load_run, network_words, what_was_don
 from llm_streamline.report.verdict import judge, thresholds
 
 CARD_FILE = "README.md"
-DEMO_BASE = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")  # what the source `demo` is, and its licence
 TAGS = ("llm-streamline", "depth-pruning", "layer-pruning", "compression")
 INHERITED = ("license", "license_name", "license_link", "language")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -119,15 +118,15 @@ def _base_model(run: Run) -> str | None:
     before = run.pair.before if run.pair else None
     if before is not None and before.kind == "hub":
         return before.source
-    if (before is not None and before.kind == "demo") or (run.plan and run.plan.model.spec == "demo"):
-        return DEMO_BASE[0]
-    return None
+    spec = before.source if before is not None else run.plan.model.spec if run.plan else ""
+    return words.CARRIED_BASES[spec][0] if spec in words.CARRIED_BASES else None
 
 
 def _inherited(base_card: str | None, base_model: str | None) -> dict[str, Any]:
     found = {key: value for key, value in read_front_matter(base_card or "").items() if key in INHERITED and value}
-    if "license" not in found and base_model == DEMO_BASE[0]:
-        found["license"] = DEMO_BASE[1]
+    licences = dict(words.CARRIED_BASES.values())
+    if "license" not in found and base_model in licences:
+        found["license"] = licences[base_model]
     return found
 
 

@@ -4,7 +4,11 @@ from collections.abc import Sequence
 
 MISSING = "–"
 NBSP = "\u00a0"  # keeps a number and its unit on one line; `plain` takes it out again for terminals
-DEMO_NAME = "SmolLM2-135M-Instruct"  # what the source `demo` stands for
+# What the sources that packages carry stand for: Hub id of the model, and its licence as the Hub spells it.
+CARRIED_BASES = {
+    "demo": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    "gemma": ("google/gemma-3-270m", "gemma"),
+}
 
 
 def count(number: float) -> str:
@@ -113,9 +117,9 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def model_name(spec: str) -> str:
-    """A short name for a model source: the last part of a path, the Hub id as it stands, the demo's real name."""
-    if spec == "demo":
-        return DEMO_NAME
+    """A short name for a model source: the last part of a path, a Hub id as it stands, a carried model's real name."""
+    if spec in CARRIED_BASES:
+        return CARRIED_BASES[spec][0].rpartition("/")[2]
     name = spec.rstrip("/\\")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf"):
         return name
