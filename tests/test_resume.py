@@ -2,12 +2,18 @@
 
 import os
 import shutil
+import signal
+import sys
+from pathlib import Path
 
 import pytest
-from small_run import bits, make_place, run
+import torch
+from small_run import bits, in_child, make_place, run, wait
 
+from llm_streamline.cli import main
 from llm_streamline.errors import OutputError
 from llm_streamline.lock import locked
+from llm_streamline.training.student import Student
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,58 @@ def test_fresh_starts_over(place, finished, truth, tmp_path, caplog):
     with caplog.at_level("INFO", logger="llm_streamline"):
         run(place, out, fresh=True)
     assert "before" not in caplog.text
+    assert bits(out) == truth
+
+
+KILLED_AT = ("train.json", "stats.json", "plan.json", "start.json", "sealed.json", "config.json", "results.json")
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_bits(place, truth, tmp_path):
+    """SIGKILL in the moment before a file of that name appears; each start goes on to the next such moment."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    for name in (*KILLED_AT, "manifest.json"):
+        pid = in_child(lambda name=name: (_kill_before(name), run(place, out)), log)
+        assert wait(pid) == -signal.SIGKILL, (name, log.read_text())
+    run(place, out)
+    assert bits(out) == truth
+
+
+def _kill_before(name):
+    replace = os.replace
+
+    def kill_or_replace(source, target):
+        if Path(target).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = kill_or_replace
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_line_ends_cleanly_and_says_how_to_go_on(place, truth, tmp_path, caplog, number, code):
+    out, log = tmp_path / "out", tmp_path / "log"
+    words = ["compress", str(place / "model"), "-o", str(out), "--recipe", str(place / "recipe.yaml")]
+    words += ["--text", str(place / "text.jsonl")]
+
+    def command():
+        calls, forward = [], Student.forward
+
+        def stopping(self, *args, **kwargs):
+            calls.append(torch.is_grad_enabled())
+            if sum(calls) == 6:
+                os.kill(os.getpid(), number)
+            return forward(self, *args, **kwargs)
+
+        Student.forward = stopping
+        sys.argv = ["llm-streamline", *words, "--fresh"]
+        main()
+
+    assert wait(in_child(command, log)) == code
+    said = log.read_text().replace("\n", " ")
+    assert f"stopped by {number.name}; to go on: llm-streamline {' '.join(words)} " in said + " "
+    with caplog.at_level("INFO", logger="llm_streamline"):
+        run(place, out)
+    assert "going on from the checkpoint at step 5 of 8" in caplog.text
     assert bits(out) == truth
 
 

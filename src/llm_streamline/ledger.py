@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llm_streamline import interrupt
 from llm_streamline.files import sha256_of, write_json
 from llm_streamline.logs import get_logger
 from llm_streamline.runtime import package_versions
@@ -73,6 +74,7 @@ class Ledger:
             key: everything its result depends on.
             started: `time.perf_counter()` when it began, if that was before the block.
         """
+        interrupt.check()  # where a library swallowed the exception that the signal had become
         started = time.perf_counter() if started is None else started
         made: list[Path] = []
         yield made

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_streamline import stages
 from llm_streamline.config import Recipe
-from llm_streamline.errors import StreamlineError
+from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.files import disk_full_in_words
 from llm_streamline.ledger import Ledger
 from llm_streamline.lock import locked
@@ -40,12 +40,18 @@ class RunFolder:
 
     @contextmanager
     def taken_back_if_refused(self) -> Iterator[None]:
-        """Around all that comes before the first stage: a refused input leaves nothing behind in a new folder."""
+        """Around all that comes before the first stage: a refused input leaves nothing behind in a new folder.
+
+        A full disk refuses no input: what was made so far is kept for the next start.
+        """
+        claimed = False
         try:
             claim(self.out, [CARD_FILE])  # refused now rather than at the end, when it is not ours
+            claimed = True
             yield
         except StreamlineError as refusal:
-            if refusal.exit_code == 2 and not self.was_ours:
+            is_refused = refusal.exit_code == 2 and not (claimed and isinstance(refusal, OutputError))
+            if is_refused and not self.was_ours:
                 withdraw(self.out, existed=self.existed)
             raise
 

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from texts import documents, tiny_tokenizer, write_jsonl
 
 from llm_streamline.data import ROLES, WindowNeed, check_disjoint, prepare_windows, role_of
 from llm_streamline.data.document import document_hash
+from llm_streamline.data.text import open_text
 from llm_streamline.errors import ConfigError, OutputError, TextError
 
 TOKENIZER = tiny_tokenizer()
@@ -234,3 +236,16 @@ def test_impossible_needs_are_refused(corpus, needs):
 def test_no_text_at_all_is_refused():
     with pytest.raises(ConfigError, match="no text given"):
         prepare_windows([], TOKENIZER, NEEDS)
+
+
+def test_contents_count_and_times_do_not(tmp_path):
+    """Clocks jump, and a copy of a file may have any time: only what is in it is looked at."""
+    path = tmp_path / "text.txt"
+    path.write_text("one two three")
+    os.utime(path, (10, 10))
+    before = open_text(str(path)).fingerprint
+    os.utime(path, (2**32, 2**32))
+    assert open_text(str(path)).fingerprint == before
+    path.write_text("one two eight")  # as long as before
+    os.utime(path, (10, 10))
+    assert open_text(str(path)).fingerprint != before

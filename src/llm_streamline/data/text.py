@@ -10,6 +10,7 @@ from llm_streamline.data.document import Document, distinct
 from llm_streamline.data.files import file_documents, file_kind, find_files, probe_file, whole_file
 from llm_streamline.data.spec import TextSpec, parse_spec
 from llm_streamline.errors import TextError
+from llm_streamline.files import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,9 +59,8 @@ class FileText(TextSource):
 
     @property
     def fingerprint(self) -> str:
-        """Names, sizes and times of change of the files."""
-        states = [(str(path.absolute()), path.stat()) for path in self.paths]
-        return f"{self.spec.field}|" + "|".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in states)
+        """Names and contents of the files: a time of change would depend on clocks and on how a file was copied."""
+        return f"{self.spec.field}|" + "|".join(f"{path.name} {sha256_of(path)}" for path in self.paths)
 
     def records(self) -> Iterator[Document]:
         """Documents of one file after the other."""
