@@ -11,10 +11,11 @@ from plans import removing, replacing, tiny_windows
 from tiny import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from llm_streamline.arch import get_layers
+from llm_streamline.arch import find_arch, get_layers, silencing
 from llm_streamline.config import TrainingConfig
 from llm_streamline.errors import ArchitectureError, ConfigError, MissingExtraError
 from llm_streamline.measure.partial import run_tapped
+from llm_streamline.plan import Merge, Plan, Remove, Silence
 from llm_streamline.replacements.build import build_replacements, install_plan
 from llm_streamline.replacements.starts import set_start
 from llm_streamline.surgery import apply_plan
@@ -140,6 +141,40 @@ def test_where_a_linear_map_is_folded_the_projection_is_trained_through_the_map(
     student = built(model, replacing(model, *SPAN, "linear", init="identity"), config_of("full"))
     assert "model.layers.1.mlp.down_proj.weight" not in student.trained_names
     assert "model.layers.1.mlp.up_proj.weight" in student.trained_names
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("rung", RUNGS)
+def test_what_a_plan_silences_stays_silent(name, rung):
+    model, edited, ids = tiny_model(name), tiny_model(name), tiny_tokens()
+    edits = (Silence(start=2, stop=4, part="attention"), Remove(start=4, stop=6), Silence(start=6, stop=8, part="mlp"))
+    plan = Plan(model=removing(model, 4, 6).model, edits=edits)
+    apply_plan(edited, plan)
+    student = built(model, plan, config_of(rung, objective="lm"))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(2):
+        student(ids)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    losses = student.token_losses(ids)
+    healed = installed(model, plan, student)
+    arch, layers, before = find_arch(healed), get_layers(healed), get_layers(edited)
+    for position, part in ((2, "attention"), (3, "attention"), (4, "mlp"), (5, "mlp")):
+        for key in silencing(layers[position], arch, part):
+            assert torch.equal(layers[position].get_parameter(key), before[position].get_parameter(key))
+    logits = healed(ids, use_cache=False).logits
+    truth = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, -1)
+    torch.testing.assert_close(losses, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_layer_is_healed_from_what_it_was_merged_to():
+    model, edited = tiny_model(), tiny_model()
+    edit = Merge(start=2, stop=5, weights=(1.0, 0.5, -0.5), norms=(1.0, 0.0, 0.0))
+    plan = Plan(model=removing(model, 2, 5).model, edits=(edit,))
+    apply_plan(edited, plan)
+    student = built(model, plan, config_of("full"))
+    before, after = weights(edited), weights(installed(model, plan, student))
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 # --- where it starts

@@ -11,13 +11,14 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from llm_streamline.arch import find_arch, get_layers
+from llm_streamline.arch import ArchSpec, find_arch, get_layers, silencing
 from llm_streamline.config import TrainingConfig
 from llm_streamline.errors import ArchitectureError, ConfigError, MissingExtraError
 from llm_streamline.layer_config import text_config
 from llm_streamline.measure.edited import plan_patches
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
+from llm_streamline.silencing import silences
 from llm_streamline.surgery import shallow_copy
 from llm_streamline.training.rungs import adapted_names, check_targets, layer_names, outside_names
 
@@ -86,16 +87,17 @@ class Healed(nn.Module):
         self.outside: dict[str, nn.Module] = {}
         self._adapters: dict[tuple[int, str], nn.Module] = {}
         self.trained = nn.ParameterDict()  # full name with "/" for ".", which parameters may not have in theirs
-        self._masters: dict[int, nn.Parameter] = {}  # id of the original's parameter -> its copy: tied stays tied
+        self._masters: dict[int, nn.Parameter] = {}  # id of a parameter outside the layers -> its copy: tied stays tied
         layers = _edited_layers(model, plan, replacements)
         own = {id(p) for replacement in replacements for p in replacement.parameters()}
+        silent = _silent_names(model, plan, layers, self._arch)
         if config.trainable == "lora":
-            self._add_adapters(layers, own, config, seed)
+            self._add_adapters(layers, own, silent, config, seed)
         for position, layer in enumerate(layers):
             names = layer_names(config.trainable, layer, position, len(layers), config.heal.last_layers)
-            names -= {name for name, p in layer.named_parameters() if id(p) in own}
+            names -= {name for name, p in layer.named_parameters() if id(p) in own} | silent.get(position, set())
             if names:
-                self.patches[position] = self._copied(layer, names, f"{self._arch.layers}.{position}.")
+                self.patches[position] = self._copied(layer, names, f"{self._arch.layers}.{position}.", apart=True)
         for path, names in outside_names(config.trainable, model, self._arch).items():
             apart = self._untie and path == self._arch.head
             self.outside[path] = self._copied(model.get_submodule(path), names, f"{path}.", apart)
@@ -125,13 +127,22 @@ class Healed(nn.Module):
                 clone._modules[name] = self._copied(child, inner, f"{prefix}{name}.", apart)
         return clone
 
-    def _add_adapters(self, layers: list[nn.Module], own: set[int], config: TrainingConfig, seed: int) -> None:
+    def _add_adapters(
+        self,
+        layers: list[nn.Module],
+        own: set[int],
+        silent: dict[int, set[str]],
+        config: TrainingConfig,
+        seed: int,
+    ) -> None:
         """Put peft's adapters beside the projections; each starts as zero, so that step 0 is the edited model."""
         from peft import LoraConfig, inject_adapter_in_model
 
         wanted = {}
         for position, layer in enumerate(layers):
-            if names := {n for n in adapted_names(layer, config) if not _holds(layer.get_submodule(n), own)}:
+            names = {n for n in adapted_names(layer, config) if not _holds(layer.get_submodule(n), own)}
+            names = {n for n in names if f"{n}.weight" not in silent.get(position, ())}
+            if names:
                 wanted[position] = names
                 self.patches[position] = _whole_copy(layer)
         places = nn.ModuleDict({str(position): layer for position, layer in self.patches.items()})
@@ -191,6 +202,15 @@ def _edited_layers(model: nn.Module, plan: Plan, replacements: list[Replacement]
     patched = plan_patches(model, plan, replacements)
     layers = get_layers(model)
     return [patched.get(position, layers[source]) for position, source in enumerate(plan.layer_sources())]
+
+
+def _silent_names(model: nn.Module, plan: Plan, layers: list[nn.Module], arch: ArchSpec) -> dict[int, set[str]]:
+    """By place, the parameters that make a sublayer silent, which stay as they are: else it would speak again."""
+    return {
+        position: set(silencing(layers[position], arch, edit.part))
+        for edit in silences(model, plan)
+        for position in range(plan.position_of(edit), plan.position_of(edit) + len(edit.templates))
+    }
 
 
 def _to_float(parameter: Tensor, name: str) -> Tensor:
