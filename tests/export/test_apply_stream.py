@@ -105,6 +105,35 @@ def test_the_dtype_may_be_chosen(folder, tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_hub_snapshot_of_links_is_cut(folder, tmp_path):
+    """As the Hub's cache lays it out: every file of the snapshot is a link into the blobs beside it."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "c0ffee", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    out = stream_plan(resolve_model(snapshot), plan_for(snapshot, (1, 2)), tmp_path / "out")
+    expected = stream_plan(resolve_model(folder), plan_for(folder, (1, 2)), tmp_path / "expected")
+    before, after = weights_of(expected), weights_of(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_shards_of_an_earlier_larger_result_are_gone(folder, tmp_path):
+    source = resolve_model(folder)
+    out = stream_plan(source, plan_for(folder, (1, 2)), tmp_path / "out", max_shard_size="8KB")
+    many = {path.name for path in out.glob("*.safetensors")}
+    stream_plan(source, plan_for(folder, (1, 5)), out, max_shard_size="16KB")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert {path.name for path in out.glob("*.safetensors")} == set(index["weight_map"].values())
+    assert len(many) > len(set(index["weight_map"].values())) > 1
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in weights_of(out).values())
+    stream_plan(source, plan_for(folder, (1, 5)), out)
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+
+
 def test_a_result_that_does_not_fit_is_proven_from_disk(folder, tmp_path, monkeypatch):
     from llm_streamline import without_weights
 
