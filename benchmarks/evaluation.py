@@ -56,8 +56,8 @@ def main() -> None:
         },
     }
     print(json.dumps(result, indent=2))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def one_round(loaded: LoadedModel, config: EvaluationConfig, clock: Callable[[], float]) -> dict[str, float]:
@@ -100,6 +100,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=200, help="items of each task")
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens of perplexity")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     return parser.parse_args()
 

@@ -91,8 +91,8 @@ def _write(arguments: argparse.Namespace, rows: list[dict]) -> None:
         "recipes": found,
         "runs": rows,
     }
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
+    folder = arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     lines = [
         "# Quality at a fixed budget",
@@ -129,6 +129,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", default=[])
     parser.add_argument("--limit", type=int, default=None)
     parser.add_argument("--work", default="runs/quality")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     return parser.parse_args()
 
 

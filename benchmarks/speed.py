@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     loaded = load_model(resolve_model(arguments.model), arguments.dtype)
     result = {
@@ -49,8 +50,8 @@ def main() -> None:
         "mse_step": mse_step(loaded.model, arguments.rounds),
     }
     print(json.dumps(result, indent=2))
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
+    folder = arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "speed.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ SIGTERM, and goes on when the same command is given again. Heavy imports are ins
 `--help` answers at once.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from llm_streamline import interrupt, logs, terminal
+from llm_streamline import interrupt, logs, ranks, terminal
 from llm_streamline import options as o
 from llm_streamline.errors import StreamlineError
 from llm_streamline.version import __version__
@@ -42,7 +43,7 @@ def _all_commands(
     verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="More; twice for everything.")] = 0,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    logs.set_verbosity(-1 if quiet else verbose)
+    logs.set_verbosity(-1 if quiet or not ranks.is_main() else verbose)
 
 
 @app.command()
@@ -539,16 +540,24 @@ def main() -> None:
     """Entry point: one sentence for what the user can mend, a traceback only for our own mistakes."""
     loudness = [word for word in sys.argv[1:] if word in _LOUDNESS]
     others = [word for word in sys.argv[1:] if word not in _LOUDNESS]
+    if not ranks.is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 gives the answer
     try:
         with interrupt.watched():
             app(args=[*loudness, *others], standalone_mode=True)  # -q and -v are understood wherever they stand
     except StreamlineError as problem:
-        print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
+        if ranks.first_to_fail():
+            print(f"{type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
         sys.exit(problem.exit_code)
     except interrupt.Stopped as stopped:
         again = shlex.join(word for word in sys.argv[1:] if word != "--fresh")
-        print(f"stopped by {stopped.name}; to go on: llm-streamline {again}", file=sys.stderr)
+        if ranks.is_main() and not ranks.somebody_failed():  # else the launcher ends us, because another rank failed
+            print(f"stopped by {stopped.name}; to go on: llm-streamline {again}", file=sys.stderr)
         sys.exit(stopped.exit_code)
+    except Exception:
+        if not ranks.first_to_fail():  # another rank failed, and told why; this one only misses it
+            sys.exit(1)
+        raise
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llm_streamline import ranks
 from llm_streamline.errors import OutputError
 
 TEMP_PREFIX = ".streamline-tmp-"
@@ -100,11 +101,15 @@ def check_room(folder: Path, num_bytes: int) -> None:
 def write_bytes(path: str | Path, data: bytes) -> Path:
     """Write a file atomically and return its path; an existing file is replaced only when all is on the disk.
 
+    Of several ranks at one run only rank 0 writes.
+
     Raises:
         OutputError: the disk is full, or the folder is not writable; the temporary file is removed.
     """
     path = Path(path)
     temporary = None
+    if not ranks.is_main():
+        return path
     with saving(path):
         try:
             handle, temporary = tempfile.mkstemp(prefix=TEMP_PREFIX, dir=path.parent)

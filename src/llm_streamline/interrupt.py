@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from llm_streamline import ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE = b"stopping: what is done is kept; once more stops at once\n"
 
@@ -54,7 +56,8 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
         os.kill(os.getpid(), number)
         return
     _State.told = number
-    os.write(2, _GRACE)  # a print might find the stream in the middle of another one
+    if ranks.is_main():
+        os.write(2, _GRACE)  # a print might find the stream in the middle of another one
     check()
 
 

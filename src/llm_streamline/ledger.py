@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm_streamline import interrupt
+from llm_streamline import interrupt, ranks
 from llm_streamline.files import sha256_of, write_json
 from llm_streamline.logs import get_logger
 from llm_streamline.runtime import package_versions
@@ -35,10 +35,16 @@ class Ledger:
             folder: the run's tool folder; files are named relative to the folder above it.
         """
         self._path, self._out = folder / LEDGER_FILE, folder.parent
-        self._done = _read(self._path)
+        self._done = ranks.from_main(lambda: _read(self._path))
 
     def is_done(self, stage: str, key: str) -> bool:
-        """Whether `stage` was finished for exactly this key and all its files are as it left them; says what is not."""
+        """Whether `stage` was finished for exactly this key and all its files are as it left them; says what is not.
+
+        Rank 0 looks; what it finds holds for all ranks.
+        """
+        return ranks.from_main(lambda: self._is_done(stage, key))
+
+    def _is_done(self, stage: str, key: str) -> bool:
         if self.key(stage) != key:
             return False
         if damaged := self.damaged(stage):
@@ -60,6 +66,9 @@ class Ledger:
 
     def is_intact(self, stages: Sequence[str]) -> bool:
         """Whether all these stages were finished and every file of each is as it was left; says what is not."""
+        return ranks.from_main(lambda: self._is_intact(stages))
+
+    def _is_intact(self, stages: Sequence[str]) -> bool:
         damaged = [path for stage in stages for path in self.damaged(stage)]
         if damaged:
             log.warning("%s is damaged or missing: what made it is done again", _few(damaged))
@@ -78,12 +87,14 @@ class Ledger:
         started = time.perf_counter() if started is None else started
         made: list[Path] = []
         yield made
-        self._done[stage] = {
-            "key": key,
-            "seconds": round(time.perf_counter() - started, 2),
-            "files": {path.relative_to(self._out).as_posix(): sha256_of(path) for path in made},
-            "versions": _versions(),
-        }
+        self._done[stage] = ranks.from_main(
+            lambda: {
+                "key": key,
+                "seconds": round(time.perf_counter() - started, 2),
+                "files": {path.relative_to(self._out).as_posix(): sha256_of(path) for path in made},
+                "versions": _versions(),
+            }
+        )
         write_json(self._path, self._done)
 
     @property

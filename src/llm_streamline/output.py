@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llm_streamline import ranks
 from llm_streamline.errors import OutputError
 from llm_streamline.files import (
     TEMP_PREFIX,
@@ -237,6 +238,8 @@ def read_manifest(out: str | Path) -> dict[str, Any]:
 
 def remove_manifest(out: Path) -> None:
     """Mark the folder as unfinished, before anything in it changes."""
+    if not ranks.is_main():
+        return
     with saving(out):
         (out / TOOL_FOLDER / MANIFEST_FILE).unlink(missing_ok=True)
 

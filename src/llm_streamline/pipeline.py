@@ -6,9 +6,10 @@ source -> windows -> statistics -> plan -> edited model -> trained model -> veri
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from llm_streamline import stages
+from llm_streamline import ranks, stages
 from llm_streamline.checkpoint import probe_texts
 from llm_streamline.config import Recipe
 from llm_streamline.errors import OutputError, PlanError
@@ -78,9 +79,10 @@ def analyze(model: str, out: str | Path, recipe: Recipe | None = None, *, fresh:
         StreamlineError: whatever is wrong with model, text or folder, before the slow work.
     """
     recipe = recipe or Recipe()
-    source = resolve_model(model)
-    stages.check_early(source, recipe)
-    check_output(out, source=protected(source))
+    ranks.start(recipe.device)
+    source = ranks.main_first(lambda: resolve_model(model))
+    ranks.main_first(lambda: stages.check_early(source, recipe))
+    ranks.from_main(lambda: check_output(out, source=protected(source)))
     loaded = stages.load_original(source, recipe)
     stages.check_text(loaded, recipe)
     with opened(out, fresh, source) as run:
@@ -104,11 +106,12 @@ def make_plan(
         StreamlineError: whatever is wrong, before the slow work.
     """
     recipe = stages.settled(recipe or Recipe())
-    source = resolve_model(model)
-    stages.check_early(source, recipe)
+    ranks.start(recipe.device)
+    source = ranks.main_first(lambda: resolve_model(model))
+    ranks.main_first(lambda: stages.check_early(source, recipe))
     statistics = Statistics.load(stats) if stats else None
     if out is not None:
-        _check_plan_file(Path(out))
+        ranks.from_main(lambda: _check_plan_file(Path(out)))
     loaded = stages.load_original(source, recipe)
     if statistics:
         _check_statistics(statistics, loaded)
@@ -181,7 +184,7 @@ def apply_plan(
     source, loaded = _begin_from_plan(plan, model, out, recipe, with_text=False)
     preview = _preview(loaded, plan, recipe, None)
     untrained = stages.Trained(stages.untrained(loaded, plan, recipe.seed), None, None)
-    texts = probe_texts(loaded.model, loaded.tokenizer)
+    texts = ranks.from_main(partial(probe_texts, loaded.model, loaded.tokenizer))
     with opened(out, fresh, source) as run:
         with run.taken_back_if_refused():
             remove_manifest(run.out)
@@ -215,7 +218,7 @@ def train_replacement(
         with run.taken_back_if_refused():
             windows = prepared(loaded, recipe, ("train", "validation"), run.folder, run.ledger)
         remove_manifest(run.out)
-        texts = probe_texts(loaded.model, loaded.tokenizer)
+        texts = ranks.from_main(partial(probe_texts, loaded.model, loaded.tokenizer))
         proof = trained_checkpoint(loaded, plan, recipe, windows, run.out, run.ledger, texts)
         finish(run.out, plan, recipe, loaded.source, {"stage": "train"})
     return Outcome(run.out, plan, preview, None, proof, None)
@@ -244,9 +247,10 @@ def evaluate(
         StreamlineError: whatever is wrong with models, texts or tasks, before the slow work.
     """
     config = config or EvaluationConfig()
-    sources = [resolve_model(model) for model in models]
-    original_source = resolve_model(against) if against else None
-    check_config(config)
+    ranks.start(device)
+    sources = [ranks.main_first(lambda model=model: resolve_model(model)) for model in models]
+    original_source = ranks.main_first(lambda: resolve_model(against)) if against else None
+    ranks.from_main(lambda: check_config(config))
     original = load_model(original_source, dtype, device) if original_source else None
     loaded = (load_model(source, dtype, device) for source in sources)
     return run_evaluation(loaded, original, config, out=out, command=command_line())
@@ -271,10 +275,11 @@ def compress(
         ProofError: the saved checkpoint does not behave like the model in memory.
     """
     recipe = stages.settled(recipe or Recipe())
-    source = resolve_model(model)
-    stages.check_early(source, recipe)
-    check_config(recipe.evaluation)
-    check_output(out, source=protected(source))
+    ranks.start(recipe.device)
+    source = ranks.main_first(lambda: resolve_model(model))
+    ranks.main_first(lambda: stages.check_early(source, recipe))
+    ranks.from_main(lambda: check_config(recipe.evaluation))
+    ranks.from_main(lambda: check_output(out, source=protected(source)))
     loaded = stages.load_original(source, recipe)
     stages.check_wishes(loaded, recipe)
     stages.check_text(loaded, recipe)
@@ -285,7 +290,8 @@ def compress(
             windows = prepared(loaded, recipe, roles, folder, ledger)
             wanted = evaluation_wanted(recipe, loaded, windows)
         run_key = key_of(source.fingerprint, recipe.model_dump(mode="json"), window_hashes(windows))
-        if is_complete(out) and read_manifest(out).get("key") == run_key and ledger.is_intact(STAGES):
+        is_this = ranks.from_main(lambda: is_complete(out) and read_manifest(out).get("key") == run_key)
+        if is_this and ledger.is_intact(STAGES):
             log.info("%s holds this very run already, finished; --fresh starts over", out)
             return _found(out, loaded, recipe)
         remove_manifest(out)
@@ -294,7 +300,7 @@ def compress(
         plan = decided(loaded, recipe, statistics, windows, folder, ledger)
         preview = _preview(loaded, plan, recipe, statistics)
         _announce(plan, preview)
-        texts = probe_texts(loaded.model, loaded.tokenizer)
+        texts = ranks.from_main(partial(probe_texts, loaded.model, loaded.tokenizer))
         proof = trained_checkpoint(loaded, plan, recipe, windows, out, ledger, texts)
         del loaded
         gc.collect()
@@ -311,10 +317,12 @@ def _begin_from_plan(
     plan: Plan, model: str, out: str | Path, recipe: Recipe, with_text: bool = True
 ) -> tuple[ModelSource, LoadedModel]:
     """Load the model of a plan and refuse what does not fit; nothing is written yet."""
-    source = resolve_model(model)
+    ranks.start(recipe.device)
+    source = ranks.main_first(lambda: resolve_model(model))
     no_wishes = {"target": type(recipe.target)(), "selection": type(recipe.selection)()}  # the plan is the wish
-    stages.check_early(source, recipe.model_copy(update=no_wishes), with_text=with_text)
-    check_output(out, source=protected(source))
+    wishes = recipe.model_copy(update=no_wishes)
+    ranks.main_first(lambda: stages.check_early(source, wishes, with_text=with_text))
+    ranks.from_main(lambda: check_output(out, source=protected(source)))
     loaded = stages.load_original(source, recipe)
     plan.check_fits(stages.model_facts(loaded))
     for warning in plan_warnings(loaded.model.config, plan):

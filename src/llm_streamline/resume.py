@@ -8,7 +8,7 @@ import json
 import time
 from pathlib import Path
 
-from llm_streamline import stages
+from llm_streamline import ranks, stages
 from llm_streamline.checkpoint import prove_checkpoint, save_checkpoint
 from llm_streamline.config import Recipe
 from llm_streamline.data.overlap import check_text_unseen
@@ -30,6 +30,7 @@ from llm_streamline.report.card import CARD_FILE
 from llm_streamline.report.heatmap import write_heatmap_png
 from llm_streamline.run_folder import command_line
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
+from llm_streamline.training.sharding import is_sharded
 
 STAGES = ("text", "measure", "plan", "train", "save", "evaluate")  # of `compress`, in their order
 WORK_FOLDER = "work"  # tokens and checkpoints: needed to go on after a kill, not part of the result
@@ -41,10 +42,11 @@ def prepared(
 ) -> dict[str, Windows]:
     """The windows of some roles. Each role's are kept under a key of their own, so that only what changed is remade."""
     place = folder / WORK_FOLDER / "windows"
-    damaged = ledger.damaged("text")
+    damaged = ranks.from_main(lambda: ledger.damaged("text"))
     for path in damaged:
         log.warning("%s is damaged or missing: made again", path)
-        path.unlink(missing_ok=True)
+        if ranks.is_main():
+            path.unlink(missing_ok=True)
     started = time.perf_counter()
     windows = stages.make_windows(loaded, recipe, roles, place)
     key = key_of(window_hashes(windows))
@@ -115,7 +117,7 @@ def trained_checkpoint(
         trained = stages.train(loaded, plan, recipe, windows, work)
         if trained.history is not None:
             made.append(write_json(folder / "training.json", trained.history))
-        else:
+        elif ranks.is_main():
             (folder / "training.json").unlink(missing_ok=True)
     stages.unpack(loaded, recipe)
     with ledger.running("save", key) as made:
@@ -125,12 +127,18 @@ def trained_checkpoint(
 
 
 def install_and_prove(loaded: LoadedModel, plan: Plan, trained: stages.Trained, out: Path, texts: list[str]) -> Proof:
-    """Put what was trained into the model, save it, and show that the saved checkpoint behaves like it.
+    """Put what was trained into the model, save it, and show that the saved checkpoint behaves like it: rank 0 does.
 
     Raises:
         ProofError: it does not.
     """
+    return ranks.from_main(lambda: _install_and_prove(loaded, plan, trained, out, texts))
+
+
+def _install_and_prove(loaded: LoadedModel, plan: Plan, trained: stages.Trained, out: Path, texts: list[str]) -> Proof:
     log.info("saving and proving the checkpoint")
+    if is_sharded(loaded.model):  # of what lies on other ranks nothing can be saved: the weights are on the disk
+        loaded = load_model(loaded.source, str(loaded.dtype).removeprefix("torch."), str(loaded.device))
     model = loaded.model
     install_plan(model, plan, trained.replacements, trained.healed)
     save_checkpoint(model, loaded.tokenizer, out, extra_files=shipped_files(model))
@@ -193,6 +201,8 @@ def evaluation_wanted(recipe: Recipe, loaded: LoadedModel, windows: dict[str, Wi
 def _draw(statistics: Statistics, folder: Path, plan: Plan | None) -> None:
     chosen = [(edit.start, edit.stop) for edit in plan.edits] if plan else []
     tried = [span for c in plan.selection.candidates for span in c.spans] if plan and plan.selection else []
+    if not ranks.is_main():
+        return
     try:
         write_heatmap_png(statistics.similarity.numpy(), folder / "similarity.png", chosen, tried)
     except MissingExtraError as problem:

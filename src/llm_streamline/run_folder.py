@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llm_streamline import stages
+from llm_streamline import ranks, stages
 from llm_streamline.config import Recipe
 from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.files import disk_full_in_words
@@ -46,12 +46,13 @@ class RunFolder:
         """
         claimed = False
         try:
-            claim(self.out, [CARD_FILE])  # refused now rather than at the end, when it is not ours
+            # refused now rather than at the end, when it is not ours
+            ranks.from_main(lambda: claim(self.out, [CARD_FILE]))
             claimed = True
             yield
         except StreamlineError as refusal:
             is_refused = refusal.exit_code == 2 and not (claimed and isinstance(refusal, OutputError))
-            if is_refused and not self.was_ours:
+            if is_refused and not self.was_ours and ranks.is_main():
                 withdraw(self.out, existed=self.existed)
             raise
 
@@ -64,15 +65,19 @@ def opened(path: str | Path, fresh: bool, source: ModelSource) -> Iterator[RunFo
         OutputError: the folder is not ours, cannot be written, or another run is at work in it.
     """
     place = Path(path).expanduser()
-    existed, was_ours = place.exists(), (place / TOOL_FOLDER).exists()
-    out = check_output(path, source=protected(source))
+    existed, was_ours = ranks.from_main(lambda: (place.exists(), (place / TOOL_FOLDER).exists()))
+    out = ranks.from_main(lambda: check_output(path, source=protected(source)))
     with disk_full_in_words(out), locked(out / TOOL_FOLDER):
-        out = open_output(path, fresh=fresh, source=protected(source))
+        out = ranks.from_main(lambda: open_output(path, fresh=fresh, source=protected(source)))
         yield RunFolder(out, out / TOOL_FOLDER, Ledger(out / TOOL_FOLDER), existed, was_ours)
 
 
 def finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: dict[str, Any]) -> Path:
-    """Report and card, then the manifest, which makes the run a finished one."""
+    """Report and card, then the manifest, which makes the run a finished one; rank 0 alone writes them."""
+    return ranks.from_main(lambda: _finish(out, plan, recipe, base, manifest))
+
+
+def _finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: dict[str, Any]) -> Path:
     folder = out / TOOL_FOLDER
     write_text(folder / "plan.json", plan.to_json())
     stages.write_recipe(folder, recipe)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from llm_streamline import ranks
 from llm_streamline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def pick_device(name: str = "auto") -> "torch.device":
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda" and ranks.world_size() > 1:
+        name = f"cuda:{ranks.local_rank()}"  # one accelerator for each process of a machine
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

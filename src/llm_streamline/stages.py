@@ -3,12 +3,14 @@
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from llm_streamline import ranks
 from llm_streamline.arch import check_architecture, get_layers
 from llm_streamline.config import Recipe, Target
 from llm_streamline.data.prepare import WindowNeed, prepare_windows
@@ -42,6 +44,7 @@ from llm_streamline.sources import LoadedModel, ModelSource, load_config, load_m
 from llm_streamline.training.begin import StartSettings, begin, keep_start, kept_start
 from llm_streamline.training.compiled import compiled
 from llm_streamline.training.heal import Healed, check_healing
+from llm_streamline.training.sharding import shard_teacher
 from llm_streamline.training.student import Student
 from llm_streamline.training.trainer import train_student
 
@@ -130,8 +133,12 @@ def check_text(loaded: LoadedModel, recipe: Recipe) -> None:
     Raises:
         TextError: if a text is missing or is no text.
     """
-    for spec in recipe.text.sources:
-        open_text(spec, model=loaded.model, tokenizer=loaded.tokenizer, seed=recipe.seed)
+
+    def open_all() -> None:
+        for spec in recipe.text.sources:
+            open_text(spec, model=loaded.model, tokenizer=loaded.tokenizer, seed=recipe.seed)
+
+    ranks.from_main(open_all)
 
 
 def model_facts(loaded: LoadedModel) -> ModelFacts:
@@ -164,13 +171,19 @@ def make_windows(
         "evaluation": min(recipe.evaluation.tokens or 16_384, 16_384),
     }
     needs = {role: WindowNeed(max(budgets[role], seq_len), seq_len) for role in roles}
-    windows = prepare_windows(
-        recipe.text.sources, loaded.tokenizer, needs, seed=recipe.seed, folder=folder, model=loaded.model
-    )
-    names = list(windows)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            check_disjoint(windows[first], windows[second])
+
+    def prepare() -> dict[str, Windows] | None:
+        made = prepare_windows(
+            recipe.text.sources, loaded.tokenizer, needs, seed=recipe.seed, folder=folder, model=loaded.model
+        )
+        for first, second in combinations(made.values(), 2):
+            check_disjoint(first, second)
+        kept.append(made)
+        return made if folder is None else None  # what lies in the folder need not be sent
+
+    kept: list[dict[str, Windows]] = []
+    sent = ranks.from_main(prepare)
+    windows = kept[0] if kept else sent or {role: Windows.load(folder / role) for role in roles}
     for role, found in windows.items():
         log.info("%s text: %s tokens in %d windows", role, f"{found.num_tokens:,}", len(found))
     return windows
@@ -218,6 +231,12 @@ def decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, w
     Raises:
         PlanError: if the target does not fit the model.
     """
+    # every rank runs the method, because they share its passes over the text; rank 0's plan is the one that counts
+    plan = _decide(loaded, recipe, statistics, windows)
+    return ranks.from_main(lambda: plan)
+
+
+def _decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, windows: dict[str, Windows]) -> Plan:
     facts = model_facts(loaded)
     measured = [statistics] if statistics else []
 
@@ -326,17 +345,19 @@ def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Wi
     """Start and train what the recipe trains; what was done already is taken from `folder`."""
     seed_everything(recipe.seed)
     settings = StartSettings.of(recipe.replacement, recipe.calibration.batch_tokens, recipe.seed)
-    if kept := kept_start(folder):
-        replacements, trials = build_replacements(loaded.model, plan), kept[1]
-        torch.nn.ModuleList(replacements).load_state_dict(kept[0])
+    if ranks.from_main(lambda: kept_start(folder) is not None):
+        kept, trials = kept_start(folder)
+        replacements = build_replacements(loaded.model, plan)
+        torch.nn.ModuleList(replacements).load_state_dict(kept)
     else:
         replacements, trials = begin(loaded.model, plan, windows["train"], windows["validation"], settings)
-        keep_start(folder, replacements, trials)
+        ranks.from_main(lambda: keep_start(folder, replacements, trials))
     training, healed = recipe.training, None
     if training.tokens and training.trainable != "replacement":
         healed = Healed(loaded.model, plan, replacements, training, recipe.seed)
     if not replacements and healed is None:
         return Trained(replacements, None, None)
+    shard_teacher(loaded.model, training)
     student = Student(loaded.model, plan, replacements, training, healed)
     history: dict[str, Any] = {"starts": trials}
     if training.tokens:

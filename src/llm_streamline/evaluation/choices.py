@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm_streamline import ranks
 from llm_streamline.errors import TaskError
 from llm_streamline.evaluation.items import ChoiceTask, Item
 from llm_streamline.evaluation.logits import LogitReader, check_finite
@@ -274,15 +275,20 @@ def score_task(
         rows = [_plain_row(i, c, choice) for i, choices in enumerate(encoded) for c, choice in enumerate(choices)]
     sums = [[0.0] * len(choices) for choices in encoded]
     with progress_bar(f"task {task.name}", len(rows)) as bar:
-        for batch in _batches(rows, batch_size, batch_tokens):
+        for batch, mine in ranks.deal(_batches(rows, batch_size, batch_tokens)):
             inputs = _packed_inputs(batch, reader) if pack else {"input_ids": _pad(batch, "tokens")}
             states_BTd = reader.states(**inputs)
+            bar.advance(len(batch) * ranks.world_size())
+            if not mine:
+                continue
             # choices that begin alike share scored tokens: each is looked up once
             wanted = {(b, place, target): 0 for b, row in enumerate(batch) for place, target, _ in row.scored}
             index = torch.tensor(list(wanted), device=states_BTd.device)
             found_N = reader.log_probs(states_BTd[index[:, 0], index[:, 1]], index[:, 2])
             _add_up(batch, dict(zip(wanted, found_N.tolist(), strict=True)), sums, task)
-            bar.advance(len(batch))
+    if ranks.world_size() > 1:  # a choice was scored by one rank and is zero on the others
+        parts = ranks.gathered(sums)
+        sums = [[sum(values) for values in zip(*(part[i] for part in parts), strict=True)] for i in range(len(sums))]
     strip = len(task.delimiter)
     return [
         ScoredItem(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from llm_streamline import ranks
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.evaluation.config import EvaluationConfig
@@ -65,13 +66,13 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     started, clock = datetime.now(UTC), Clock()
-    out = None if out is None else _check_out(Path(out))
+    out = None if out is None else ranks.from_main(lambda: _check_out(Path(out)))
     queue = iter([models] if isinstance(models, LoadedModel) else models)
     loaded = next(queue, None)
     if loaded is None:
         raise StreamlineError("no model to evaluate.")
     place = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
-    material = gather(config, loaded.tokenizer, windows)
+    material = ranks.from_main(lambda: gather(config, loaded.tokenizer, windows))
     base = make_subject(_ORIGINAL, original, material) if original is not None else None
     if base is not None:
         measure_tasks(base, material, clock)
@@ -104,8 +105,8 @@ def evaluate(
         provenance=_provenance(config, place, hashes, material, started, clock, command, plan_hash),
     )
     if out is not None:
-        _write(record, logs, out)
-    return record
+        ranks.from_main(lambda: _write(record, logs, out))
+    return ranks.from_main(lambda: record)  # times differ from rank to rank
 
 
 def _comparison(base, subject, pair_texts, speed_pair, config: EvaluationConfig, clock: Clock) -> Comparison:

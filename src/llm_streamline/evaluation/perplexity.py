@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_streamline import ranks
 from llm_streamline.data.perplexity import perplexity_windows
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import TextError
@@ -144,11 +145,14 @@ def read_windows(
     other = WindowLosses(np.zeros(count), tokens_W) if original is not None else None
     divergences = Divergences([np.empty(0)] * count, [0] * count) if original is not None else None
     with progress_bar(f"perplexity on {text.name}", count) as bar:
-        for numbers in _batches(text.windows, batch_size, batch_tokens):
+        for numbers, mine in ranks.deal(_batches(text.windows, batch_size, batch_tokens)):
             batch = [text.windows[number] for number in numbers]
             ids_BT = torch.nn.utils.rnn.pad_sequence([window.ids for window in batch], batch_first=True)
             states = model.states(ids_BT)
             reference = original.states(ids_BT) if original is not None else None
+            bar.advance(len(batch) * ranks.world_size())
+            if not mine:
+                continue
             for row, (number, window) in enumerate(zip(numbers, batch, strict=True)):
                 places = window.scored.nonzero().squeeze(1) - 1  # the state before a token predicts it
                 targets = window.ids[places + 1]
@@ -165,8 +169,21 @@ def read_windows(
                     divergences.kl[number], divergences.same_top[number] = kl_N.double().numpy(), same
                 check_finite(nll_N, where)
                 own.nll_W[number] = nll_N.double().sum()
-            bar.advance(len(batch))
+    _join_ranks(own, other, divergences)
     return own, other, divergences
+
+
+def _join_ranks(own: WindowLosses, other: WindowLosses | None, divergences: Divergences | None) -> None:
+    """Fill in the windows that other ranks have read; each window was read by one rank and is zero on the others."""
+    if ranks.world_size() == 1:
+        return
+    parts = ranks.gathered((own.nll_W, None if other is None else other.nll_W, divergences))
+    own.nll_W = sum(nll_W for nll_W, _, _ in parts)
+    if other is not None and divergences is not None:
+        other.nll_W = sum(nll_W for _, nll_W, _ in parts)
+        found = [part for _, _, part in parts]
+        divergences.kl = [max((one.kl[i] for one in found), key=len) for i in range(len(own.nll_W))]
+        divergences.same_top = [sum(one.same_top[i] for one in found) for i in range(len(own.nll_W))]
 
 
 def _batches(windows: Sequence[ScoredWindow], batch_size: int | None, batch_tokens: int) -> Iterator[list[int]]:

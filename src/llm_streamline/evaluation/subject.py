@@ -5,8 +5,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from llm_streamline import ranks
 from llm_streamline.errors import ConfigError, NumericsError
 from llm_streamline.evaluation.answers import Answers, answers_of_rows, answers_of_samples
 from llm_streamline.evaluation.choices import score_task
@@ -127,7 +129,8 @@ def measure_tasks(subject: Subject, material: Material, clock: Clock) -> None:
     with clock.stage("tasks"):
         for task in material.choice_tasks:
             if config.scorer == "lm-eval":
-                outcome = run_choice_task(
+                run = partial(
+                    run_choice_task,
                     subject.model,
                     subject.loaded.tokenizer,
                     task,
@@ -135,6 +138,7 @@ def measure_tasks(subject: Subject, material: Material, clock: Clock) -> None:
                     max_length=subject.positions,
                     seed=config.seed,
                 )
+                outcome = ranks.from_main(run)  # the harness shares nothing: one rank runs it
                 update = {"limit": config.limit, "num_fewshot": config.num_fewshot}
                 result, rows = outcome.result.model_copy(update=update), list(outcome.samples)
                 answers = _answers(rows, result)
@@ -152,7 +156,8 @@ def measure_tasks(subject: Subject, material: Material, clock: Clock) -> None:
                 answers = answers_of_rows(list(zip(rows, range(1, len(rows) + 1), strict=True)), task.name)
             found.append(_keep(subject, result, rows, answers))
         if material.harness_tasks:
-            outcomes = run_harness(
+            run = partial(
+                run_harness,
                 subject.model,
                 subject.loaded.tokenizer,
                 material.harness_tasks,
@@ -162,6 +167,7 @@ def measure_tasks(subject: Subject, material: Material, clock: Clock) -> None:
                 max_length=subject.positions,
                 seed=config.seed,
             )
+            outcomes = ranks.from_main(run)
             taken = {task.name for task in material.choice_tasks}
             for outcome in outcomes:
                 name = outcome.result.name
@@ -192,7 +198,8 @@ def measure_generation(subject: Subject, config: EvaluationConfig, clock: Clock)
     if not config.generation:
         return
     with clock.stage("generation"):
-        subject.generation = generate_texts(
+        run = partial(
+            generate_texts,
             subject.model,
             subject.loaded.tokenizer,
             config.prompts or PROMPTS,
@@ -203,6 +210,7 @@ def measure_generation(subject: Subject, config: EvaluationConfig, clock: Clock)
             top_p=config.top_p,
             seed=config.seed,
         )
+        subject.generation = ranks.from_main(run)
 
 
 def speed_setup(subjects: Sequence[Subject], config: EvaluationConfig) -> SpeedSetup | None:
@@ -233,7 +241,7 @@ def measure_speed(subject: Subject, base: Subject | None, setup: SpeedSetup | No
         return None, None, None
     both = [subject] if base is None else [subject, base]
     with clock.stage("speed"):
-        timings = time_in_turns([one.model for one in both], setup)
+        timings = ranks.from_main(lambda: time_in_turns([one.model for one in both], setup))  # the others rest
     results = [speed_result(one, setup) for one in timings]
     if base is None:
         return results[0], None, None

@@ -51,6 +51,11 @@ class AngularStats:
                 self.group_sum[group] += angular_distances(last)
                 self.group_count[group] += 1
 
+    def merge(self, other: "AngularStats") -> None:
+        """Add what another pass over other windows has seen."""
+        self.group_sum = self.group_sum + other.group_sum
+        self.group_count = self.group_count + other.group_count
+
     @property
     def distance(self) -> Tensor:
         """(L+1, L+1) float64 mean angular distance over windows.

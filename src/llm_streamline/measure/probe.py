@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llm_streamline import ranks
 from llm_streamline.arch import get_layers
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ArchitectureError
@@ -86,12 +87,13 @@ class Probe:
         found: list[list[Tensor]] = [[] for _ in plans]
         device = self.model.get_input_embeddings().weight.device
         with progress_bar(f"held-out loss of {len(plans)} candidates", len(windows)) as bar:
-            for _, ids in batches(windows, self.batch_tokens, device):
+            for (_, ids), mine in ranks.deal(batches(windows, self.batch_tokens, device)):
                 for index, logits in together.run({"input_ids": ids}):
-                    found[index].append(_window_means(logits, ids))
-                self.cost.forward(together.num_layers_run, ids.numel(), num_heads=len(plans))
-                bar.advance(len(ids))
-        return [torch.cat(means) for means in found]
+                    if mine:
+                        found[index].append(_window_means(logits, ids))
+                bar.advance(len(ids) * ranks.world_size())
+        self.cost.forward(together.num_layers_run, windows.num_tokens, num_heads=len(plans))
+        return [torch.cat(ranks.collected(means)) for means in found]
 
     def taylor(self, num_tokens: int) -> Tensor:
         """Sum over each layer's weights of |w * dL/dw| on the first `num_tokens` calibration tokens: (W, L) float64.

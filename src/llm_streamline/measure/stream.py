@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from llm_streamline import ranks
 from llm_streamline.data.windows import Windows
 from llm_streamline.logs import progress_bar
 from llm_streamline.measure.partial import run_tapped
@@ -35,6 +36,9 @@ def batches(windows: Windows, batch_tokens: int, device: torch.device) -> Iterat
 def observe(model: nn.Module, windows: Windows, observer: Observer, batch_tokens: int, title: str) -> float:
     """Run the layers over all windows and feed the observer; memory does not grow with their number.
 
+    Several ranks share the batches when the observer can `merge` what another one has seen, and each ends with what all
+    of them have seen; without a merge every rank goes through all windows.
+
     Returns:
         Seconds.
     """
@@ -42,10 +46,24 @@ def observe(model: nn.Module, windows: Windows, observer: Observer, batch_tokens
     device = model.get_input_embeddings().weight.device
     started = time.perf_counter()
     with progress_bar(title, len(windows)) as bar:
-        for start, ids in batches(windows, batch_tokens, device):
+        shared, found = hasattr(observer, "merge"), batches(windows, batch_tokens, device)
+        for (start, ids), mine in ranks.deal(found) if shared else ((batch, True) for batch in found):
             states, _ = run_tapped(model, {"input_ids": ids}, boundaries, stop=boundaries[-1])
-            observer.update([states[b] for b in boundaries], None, start)
-            bar.advance(len(ids))
+            if mine:
+                observer.update([states[b] for b in boundaries], None, start)
+            bar.advance(len(ids) * (ranks.world_size() if shared else 1))
             done = (start + len(ids)) * ids.shape[1]
             bar.note(f"{done / (time.perf_counter() - started):,.0f} tokens/s")
+    if shared:
+        _merge_ranks(observer)
     return time.perf_counter() - started
+
+
+def _merge_ranks(observer: Observer) -> None:
+    """Give the observer of every rank what all have seen, merged in one order: the same bits everywhere."""
+    if ranks.world_size() == 1:
+        return
+    first, *others = ranks.gathered(observer)
+    for other in others:
+        first.merge(other)
+    vars(observer).update(vars(first))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_streamline import ranks
 from llm_streamline.arch import fold_obstacle, get_layers
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ArchitectureError
@@ -49,6 +50,11 @@ class Moments:
         self.aa += weighted.T @ a
         self.ar += weighted.T @ r
         self.count += len(a)
+
+    def share(self) -> None:
+        """Take in what the other ranks have seen."""
+        self.aa, self.ar = ranks.summed(self.aa), ranks.summed(self.ar)
+        self.count = sum(ranks.gathered(self.count))
 
     def solve(self, ridge: float, prior: Tensor | None = None) -> Tensor:
         """The W (d, f) that minimises sum w |r - W a|^2 + ridge * mean(diag(aa)) * |W - prior|^2.
@@ -112,7 +118,7 @@ def solve_output_projection(
     handle = projection.register_forward_hook(keep)
     try:
         with progress_bar("closed form", len(windows)) as bar:
-            for _, ids in batches(windows, batch_tokens, device):
+            for (_, ids), mine in ranks.deal(batches(windows, batch_tokens, device)):
                 inputs, stop = {"input_ids": ids}, replacement.edit.stop
                 states, _ = run_tapped(model, inputs, {resume_at, stop}, stop)
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
@@ -123,10 +129,12 @@ def solve_output_projection(
                 without = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
                 if has_bias:
                     a = torch.cat([a, torch.ones(len(a), 1, device=device)], dim=1)
-                moments.update(a, (target - without) / scale, weight)
-                bar.advance(len(ids))
+                if mine:
+                    moments.update(a, (target - without) / scale, weight)
+                bar.advance(len(ids) * ranks.world_size())
     finally:
         handle.remove()
+    moments.share()
     prior = torch.eye(num_outputs) if isinstance(replacement, LinearReplacement) else None
     solution = moments.solve(ridge, prior)
     weight = solution[:, :num_inputs]

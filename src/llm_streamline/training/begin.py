@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
+from llm_streamline import ranks
 from llm_streamline.config import ReplacementConfig, TrainingConfig
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ArchitectureError
@@ -177,8 +178,11 @@ def _heldout_loss(
     device = model.get_input_embeddings().weight.device
     part = _first_tokens(validation, _TRIAL_TOKENS)
     per_batch = max(1, settings.batch_tokens // part.seq_len)
-    sums = [float(student.token_losses(ids.to(device)).double().mean(dim=1).sum()) for ids in part.batches(per_batch)]
-    return sum(sums) / len(part)
+    sums = []
+    for ids, mine in ranks.deal(part.batches(per_batch)):
+        total = float(student.token_losses(ids.to(device)).double().mean(dim=1).sum())
+        sums += [total] if mine else []
+    return sum(ranks.collected(sums)) / len(part)
 
 
 def _first_tokens(windows: Windows, num_tokens: int) -> Windows:

@@ -6,7 +6,7 @@ kept as a deep copy with the untrained start as a candidate, and checkpoints tha
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from llm_streamline import interrupt
+from llm_streamline import interrupt, ranks
 from llm_streamline.config import TrainingConfig
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ConfigError, NumericsError, OutOfMemoryError, OutputError
@@ -94,18 +94,26 @@ class StreamlineTrainer(Trainer):
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Mean objective and LM loss over the validation windows."""
         student: Student = self.accelerator.unwrap_model(self.model)
-        sums, count = {"loss": 0.0, "lm_loss": 0.0}, 0
-        for batch in self.get_eval_dataloader():
+        rows: list[tuple[float, float, int]] = []
+        for batch, mine in ranks.deal(self._eval_batches()):
             ids = self._prepare_inputs(batch)["input_ids"]
             with self._may_stop(), no_room_for(len(ids)):
                 found = student(ids, with_token_losses=True)
-            sums["loss"] += float(found["loss"]) * len(ids)
-            sums["lm_loss"] += float(found["token_losses"].double().mean()) * len(ids)
-            count += len(ids)
+            if mine:
+                rows.append((float(found["loss"]), float(found["token_losses"].double().mean()), len(ids)))
+        rows = ranks.collected(rows)
+        count = sum(size for *_, size in rows)
+        sums = {"loss": sum(loss * n for loss, _, n in rows), "lm_loss": sum(loss * n for _, loss, n in rows)}
         metrics = {f"{metric_key_prefix}_{name}": value / count for name, value in sums.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _eval_batches(self) -> Iterator[dict[str, Tensor]]:
+        """The validation windows in order; the same batches for any number of ranks."""
+        size, count = self.args.per_device_eval_batch_size, len(self.eval_dataset)
+        for first in range(0, count, size):
+            yield self.data_collator([self.eval_dataset[i] for i in range(first, min(first + size, count))])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch.
@@ -208,11 +216,14 @@ def _with_smaller_batch(config: TrainingConfig, problem: str) -> TrainingConfig:
 def _train(
     student: Student, config: TrainingConfig, windows: Windows, validation: Windows, folder: Path, seed: int
 ) -> dict[str, Any]:
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    shared = share_step(config, ranks.world_size())
+    batch = shared.per_device_train_batch_size * shared.gradient_accumulation_steps * ranks.world_size()
     seq_len = windows.input_ids.shape[1]
     num_steps = max(1, config.tokens // (seq_len * batch))
     eval_every = max(1, num_steps // config.num_evals) if config.num_evals else num_steps
-    arguments = training_arguments(config, num_steps, eval_every, folder, seed, student_device(student))
+    arguments = training_arguments(shared, num_steps, eval_every, folder, seed, student_device(student))
+    arguments.per_device_eval_batch_size = config.per_device_train_batch_size  # as alone: the same sums
+    ranks.same_tensors(student.state_dict().values())
     rows = max(1, min(len(validation), config.validation_tokens // validation.input_ids.shape[1]))
     with progress_bar("training", num_steps) as bar:
         history = History(student, seq_len * batch, config.early_stopping_patience, bar)
@@ -226,7 +237,7 @@ def _train(
         )
         for callback in _unwanted_callbacks(trainer):
             trainer.remove_callback(callback)
-        checkpoint = last_checkpoint(folder)
+        checkpoint = ranks.from_main(lambda: last_checkpoint(folder))
         if checkpoint is None:
             trainer.evaluate()  # step 0 is a candidate
         else:
@@ -242,7 +253,8 @@ def _train(
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except (interrupt.Stopped, BatchTooLarge):
-                trainer.save_last_step()
+                if ranks.world_size() == 1:  # several save together, at the end of a step, or not at all
+                    trainer.save_last_step()
                 raise
         with interrupt.allowed():  # a stop that was asked for at the end of the last step
             pass
@@ -262,6 +274,31 @@ def _train(
         "windows_at_once": config.per_device_train_batch_size,
         "trainable_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
     }
+
+
+def share_step(config: TrainingConfig, num_ranks: int) -> TrainingConfig:
+    """The same optimiser step on several ranks: its windows are shared out, so that the training stays the same.
+
+    Args:
+        config: its windows at once times accumulation are the windows of one optimiser step, on all ranks together.
+        num_ranks: where they are no multiple of it, the step grows until they are.
+
+    Returns:
+        The settings of one rank, with no more windows at once than the config has.
+    """
+    wanted = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    each = -(-wanted // num_ranks)
+    if each * num_ranks != wanted:
+        log.warning(
+            "a step of %d windows cannot be shared evenly by %d processes: it grows to %d windows",
+            wanted,
+            num_ranks,
+            each * num_ranks,
+        )
+    at_once = max(n for n in range(1, min(each, config.per_device_train_batch_size) + 1) if each % n == 0)
+    return config.model_copy(
+        update={"per_device_train_batch_size": at_once, "gradient_accumulation_steps": each // at_once}
+    )
 
 
 def student_device(student: Student) -> torch.device:
@@ -305,6 +342,7 @@ def training_arguments(
         "seed": seed,
         "data_seed": seed,
         "use_cpu": device.type == "cpu",
+        "ddp_find_unused_parameters": config.trainable != "replacement",  # an objective may miss what is healed
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type == "cuda",
     }

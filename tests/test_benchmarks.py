@@ -1,0 +1,158 @@
+"""When a figure counts as worse, and that it is told loudly."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+import regression
+import run
+
+sys.path.remove(str(FOLDER))
+
+BETTER = {"slow": "lower", "fast": "higher"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "better", "worse"),
+    [
+        (1.0, 1.3, "lower", 0.3),
+        (1.0, 0.5, "lower", -0.5),
+        (2.0, 1.0, "higher", 1.0),
+        (1.0, 2.0, "higher", -0.5),
+        (1.0, 1.0, "lower", 0.0),
+        (0.0, 0.0, "lower", 0.0),
+        (0.0, 1.0, "lower", math.inf),
+        (1.0, math.nan, "lower", math.inf),
+        (1.0, math.inf, "higher", math.inf),
+    ],
+)
+def test_worse_is_a_share_of_the_last_time(before, now, better, worse):
+    assert regression.worse_by(before, now, better) == pytest.approx(worse)
+
+
+@pytest.mark.parametrize(("now", "is_regression"), [(1.19, False), (1.21, True), (0.2, False), (math.nan, True)])
+def test_a_fifth_worse_is_a_regression(now, is_regression):
+    (change,) = regression.compare({"slow": 1.0}, {"slow": now}, BETTER)
+    assert change.is_regression == is_regression
+
+
+def test_higher_can_be_better():
+    (change,) = regression.compare({"fast": 3.0}, {"fast": 2.0}, BETTER)
+    assert change.is_regression
+    assert change.worse_by == pytest.approx(0.5)
+
+
+def test_a_figure_that_is_gone_is_a_regression_and_a_new_one_is_not():
+    gone, new = regression.compare({"slow": 1.0}, {"fast": 2.0}, BETTER)
+    assert (gone.name, gone.is_regression) == ("slow", True)
+    assert (new.name, new.is_regression) == ("fast", False)
+
+
+def test_the_table_marks_what_is_worse():
+    text = regression.table(regression.compare({"slow": 1.0, "fast": 1.0}, {"slow": 2.0, "fast": 2.0}, BETTER))
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert "REGRESSION" in lines["slow"]
+    assert "100.0% worse" in lines["slow"]
+    assert "REGRESSION" not in lines["fast"]
+    assert "50.0% better" in lines["fast"]
+
+
+# --- one run after another
+
+FIGURES = (regression.Figure("slow", run._at("a", "b")), regression.Figure("fast", run._at("c", 0), "higher"))
+FAKES = (run.Benchmark("fake", lambda _: ["--flag"], FIGURES),)
+
+
+def record(slow=1.0, fast=1.0, budget="full", note="ok"):
+    figures = {"slow": slow, "fast": fast} if note == "ok" else {}
+    return {"date": "", "budget": budget, "machine": {}, "benchmarks": {"fake": note}, "figures": figures}
+
+
+def test_the_first_run_is_kept_and_the_second_compared(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert run.conclude(record(), path, FAKES) == 0
+    assert run.conclude(record(slow=1.1), path, FAKES) == 0
+    assert run.conclude(record(slow=1.5), path, FAKES) == 1
+    assert "REGRESSION" in capsys.readouterr().out
+    runs = json.loads(path.read_text())["runs"]
+    assert [one["regressions"] for one in runs] == [[], [], ["slow"]]
+
+
+def test_a_regression_is_not_accepted_by_running_again(tmp_path):
+    path = tmp_path / "bench.json"
+    assert run.conclude(record(), path, FAKES) == 0
+    assert run.conclude(record(slow=1.5), path, FAKES) == 1
+    assert run.conclude(record(slow=1.5), path, FAKES) == 1
+    assert run.conclude(record(slow=1.0), path, FAKES) == 0
+
+
+def test_budgets_are_compared_with_their_own_kind(tmp_path):
+    path = tmp_path / "bench.json"
+    assert run.conclude(record(), path, FAKES) == 0
+    assert run.conclude(record(slow=9.0, budget="quick"), path, FAKES) == 0
+    assert run.conclude(record(slow=1.0), path, FAKES) == 0
+
+
+def test_a_benchmark_that_fails_fails_the_run(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert run.conclude(record(note="failed: exit code 3"), path, FAKES) == 1
+    assert "fake failed: exit code 3" in capsys.readouterr().out
+
+
+def settings(tmp_path):
+    return run.Settings(True, "t", "e", ["k"], 1, tmp_path / "work", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("script", "note", "figures"),
+    [
+        ("json.dump({'a': {'b': 2}, 'c': [3]}, open(out, 'w'))", "ok", {"slow": 2.0, "fast": 3.0}),
+        ("json.dump({'c': [None]}, open(out, 'w'))", "ok", {}),
+        ("sys.exit(3)", "failed: exit code 3", {}),
+        ("pass", "failed: it wrote no fake.json", {}),
+    ],
+)
+def test_scripts_are_run_and_their_figures_found(tmp_path, monkeypatch, script, note, figures):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fake.json").write_text("{}")  # of an earlier run: not taken for this one's
+    code = "import json, sys\nassert sys.argv[1:3] == ['--flag', '--out']\nout = sys.argv[3] + '/fake.json'\n"
+    (tmp_path / "fake.py").write_text(code + script)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    found, notes = run.run_all(list(FAKES), settings(tmp_path))
+    assert notes == {"fake": note}
+    assert found == figures
+
+
+def test_a_script_that_is_missing_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    _, notes = run.run_all(list(FAKES), settings(tmp_path))
+    assert "no fake.py" in notes["fake"]
+
+
+def test_figures_are_found_in_the_results_we_have():
+    by_name = {benchmark.name: benchmark for benchmark in run.BENCHMARKS}
+    for name in ("speed", "simulator"):
+        results = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+        for figure in by_name[name].figures:
+            assert figure.find(results) is not None, (name, figure.name)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_benchmark_is_called_with_options_that_it_has(tmp_path, quick):
+    given = run.Settings(quick, "t", "e", ["k"], 1, tmp_path, tmp_path)
+    for benchmark in run.BENCHMARKS:
+        script = FOLDER / f"{benchmark.name}.py"
+        if script.is_file():
+            code = script.read_text()
+            for word in [*benchmark.arguments(given), "--out"]:
+                assert not word.startswith("--") or f'"{word}"' in code, (benchmark.name, word)
+
+
+def test_names_of_figures_are_told_apart():
+    names = [figure.name for benchmark in run.BENCHMARKS for figure in benchmark.figures]
+    assert len(names) == len(set(names))
