@@ -170,6 +170,7 @@ def test_layers_smaller_than_the_mean_take_one_more():
     large = Plan(model=facts(6), edits=(Remove(start=3, stop=5),))
     assert not decided.is_met_by(small)
     assert decided.is_met_by(large)
+    assert decided.is_met_by(Plan(model=facts(6), edits=())), "no layer leaves, so no larger ones could"
     assert cost.after(Plan(model=facts(6), edits=(replace(1, 4),))) == 100 - 5 - 25
     more = decided.one_more(0)
     assert more.num_removed == 3

@@ -42,8 +42,13 @@ class Decided:
     limit: float = math.inf
 
     def is_met_by(self, plan: Plan) -> bool:
-        """Whether the layers that `plan` removes are large enough; they may be smaller than the mean layer."""
-        return self.cost is None or self.cost.after(plan) <= self.limit * (1 + 1e-9)
+        """Whether the layers that `plan` removes are large enough; they may be smaller than the mean layer.
+
+        A plan that takes no layer out (it silences sublayers, say) is not held against the limit.
+        """
+        if self.cost is None or plan.num_layers_after == plan.model.num_layers:
+            return True
+        return self.cost.after(plan) <= self.limit * (1 + 1e-9)
 
     def one_more(self, added: int) -> "Decided":
         """The next larger number of layers, where the smaller one missed the limit.
