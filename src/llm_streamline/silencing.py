@@ -32,5 +32,7 @@ def check_silence(layer: nn.Module, arch: ArchSpec, part: Part, index: int) -> N
     names = silencing(layer, arch, part)
     if not names:
         raise ArchitectureError(f"layer {index} of this {arch.model_type} has no {part} of its own to silence")
-    if any(layer.get_parameter(name).is_meta for name in names):
-        raise ArchitectureError(f"layer {index} is offloaded, so that its {part} cannot be silenced")
+    weights = [layer.get_parameter(name) for name in names]
+    if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
+        kind = "offloaded" if any(weight.is_meta for weight in weights) else "quantised"
+        raise ArchitectureError(f"layer {index} is {kind}, so that its {part} cannot be silenced")

@@ -91,7 +91,12 @@ def check_early(source: ModelSource, recipe: Recipe, *, with_text: bool = True) 
             f"windows of {recipe.text.seq_len} tokens are longer than the model's {positions} positions; "
             f"use --seq-len {positions} or less"
         )
-    find_method(recipe.selection.method)
+    counts_sublayers = find_method(recipe.selection.method).counts_sublayers
+    if counts_sublayers and recipe.target.limited and not recipe.selection.span:
+        raise PlanError(
+            f"{recipe.selection.method} silences sublayers, which stay in the checkpoint as zeros, so no target of "
+            f"{recipe.target.limited} is reached; give their number as layers (--layers)"
+        )
     num_layers, span = text.num_hidden_layers, recipe.selection.span
     if span and span[1] > num_layers:
         raise PlanError(

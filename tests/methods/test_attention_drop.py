@@ -2,17 +2,21 @@ import copy
 
 import pytest
 import torch
+from folders import tiny_folder
 from plans import facts_of
 from probes import count_layer_calls, probe_of
 from tiny import tiny_model
 
 from llm_streamline.arch import find_arch, get_layers, silence_attention, silence_mlp
+from llm_streamline.config import load_recipe
 from llm_streamline.errors import ArchitectureError, ConfigError, PlanError
 from llm_streamline.measure.losses import token_losses
 from llm_streamline.methods.attention_drop import AttentionDropConfig, attention_drop
 from llm_streamline.methods.registry import find_method
 from llm_streamline.plan import Network, Remove, Silence
 from llm_streamline.schema import parse
+from llm_streamline.sources import resolve_model
+from llm_streamline.stages import check_early
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,24 @@ def test_models_that_cannot_be_silenced_or_compared_are_refused_before_measuring
     check(tiny_model("gptj"), config.model_copy(update={"score": "loss"}))
     with pytest.raises(ArchitectureError, match="no mlp"):
         check(tiny_model("mamba"), config.model_copy(update={"score": "loss", "part": "mlp"}))
+
+
+def test_a_target_in_parameters_is_refused_at_once(tmp_path):
+    source = resolve_model(str(tiny_folder(tmp_path / "model", num_hidden_layers=8)))
+    recipe = load_recipe(None, {"selection.method": "attention_drop", "target.sparsity": 0.1})
+    with pytest.raises(PlanError, match="no target of sparsity is reached"):
+        check_early(source, recipe, with_text=False)
+    check_early(source, load_recipe(None, {"selection.method": "attention_drop", "target.layers": 2}), with_text=False)
+
+
+def test_packed_weights_are_refused():
+    model = tiny_model()
+    packed = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[3].self_attn.o_proj.weight = packed
+    with pytest.raises(ArchitectureError, match="layer 3 is quantised"):
+        drop(probe_of(model), 1, score="loss")
+    with pytest.raises(ArchitectureError, match="quantised; choose by another score"):
+        probe_of(model).taylor(16)
 
 
 def test_nothing_is_put_back():

@@ -21,11 +21,14 @@ def layer_weights(layer: nn.Module) -> list[nn.Parameter]:
     """Weights of a layer's projections, experts and norms; biases are left out.
 
     Raises:
-        ArchitectureError: if the layer is offloaded, so that its weights are not there to be read.
+        ArchitectureError: if the layer is offloaded or quantised, so that its weights are not there to be read.
     """
     weights = [p for name, p in layer.named_parameters() if not name.endswith("bias")]
-    if any(weight.is_meta for weight in weights):
-        raise ArchitectureError("scores of weights need them in memory, but this model is offloaded; choose another")
+    if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
+        kind = "offloaded" if any(weight.is_meta for weight in weights) else "quantised"
+        raise ArchitectureError(
+            f"scores of weights need them in memory as plain numbers, but this model is {kind}; choose by another score"
+        )
     return weights
 
 

@@ -22,6 +22,7 @@ from llm_streamline.measure.gradients import magnitudes, taylor
 from llm_streamline.measure.losses import token_losses
 from llm_streamline.measure.shared_prefix import SharedPrefix, Variant
 from llm_streamline.measure.stream import Observer, batches, observe
+from llm_streamline.packed import num_numbers
 from llm_streamline.plan import ModelFacts, Plan
 from llm_streamline.replacements.base import Replacement
 
@@ -131,8 +132,8 @@ class Probe:
     @property
     def head_layers(self) -> float:
         """How many layers have as many parameters as the head."""
-        per_layer = sum(p.numel() for p in get_layers(self.model).parameters()) / self.facts.num_layers
-        return self.model.get_output_embeddings().weight.numel() / per_layer
+        per_layer = sum(num_numbers(p) for p in get_layers(self.model).parameters()) / self.facts.num_layers
+        return num_numbers(self.model.get_output_embeddings().weight) / per_layer
 
     def _variant(self, plan: Plan) -> Variant:
         patches = plan_patches(self.model, plan, self.start(plan), self.model.dtype, self._silent)

@@ -63,7 +63,13 @@ def _check_model(model: nn.Module, config: AttentionDropConfig) -> None:
         SublayerStats(model)
 
 
-@method(paper="arXiv:2406.15786", config=AttentionDropConfig, replacement={"kind": "none"}, check=_check_model)
+@method(
+    paper="arXiv:2406.15786",
+    config=AttentionDropConfig,
+    replacement={"kind": "none"},
+    check=_check_model,
+    counts_sublayers=True,
+)
 def attention_drop(probe: Probe, config: AttentionDropConfig) -> Plan:
     """Attentions, MLPs or both that change the state least, or cost least loss, made silent; the layers stay."""
     num_layers = probe.facts.num_layers

@@ -50,6 +50,7 @@ class Method:
     run: Callable[[Probe, MethodConfig], Plan]
     replacement: dict[str, Any] = field(default_factory=dict)  # recipe keys that hold unless the user says otherwise
     check: Callable[[nn.Module, MethodConfig], None] | None = None  # refuses a model before anything is measured
+    counts_sublayers: bool = False  # a target is their number; a size in parameters or bytes is not reached by them
 
 
 def method(
@@ -58,6 +59,7 @@ def method(
     config: type[MethodConfig],
     replacement: dict[str, Any] | None = None,
     check: Callable[[nn.Module, MethodConfig], None] | None = None,
+    counts_sublayers: bool = False,
 ) -> Callable:
     """Mark a function as the method of its file.
 
@@ -67,12 +69,13 @@ def method(
         replacement: keys of the recipe's `replacement` that belong to the method, such as {"kind": "none"}; they hold
             where the recipe does not name a kind.
         check: called with model and options before anything is measured; raises what the method cannot do.
+        counts_sublayers: the number of layers asked for is one of sublayers, and a target of another kind is refused.
     """
 
     def mark(function: Callable[[Probe, MethodConfig], Plan]) -> Callable[[Probe, MethodConfig], Plan]:
         name = function.__module__.rpartition(".")[2]
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        function.method = Method(name, paper, summary, config, function, replacement or {}, check)
+        function.method = Method(name, paper, summary, config, function, replacement or {}, check, counts_sublayers)
         return function
 
     return mark
