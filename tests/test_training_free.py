@@ -101,6 +101,7 @@ def test_a_repair(place, name, kind, code):
     assert {edit.network.kind for edit in outcome.plan.edits} == {kind}
     assert outcome.plan.num_layers_after == 4
     assert (place / name / "modeling_streamline.py").exists() is code
+    assert outcome.plan.selection.cost > 1  # beside the pass that measures, every candidate was fitted
     config = json.loads((place / name / "config.json").read_text())
     assert config["num_hidden_layers"] == 4
 

@@ -22,6 +22,7 @@ from llm_streamline.estimate import training_forward_tokens
 from llm_streamline.evaluation.latency import confirm_latency, latency_cost
 from llm_streamline.evaluation.size import kv_bytes_of_layers
 from llm_streamline.logs import get_logger
+from llm_streamline.measure.cost import Cost
 from llm_streamline.measure.files import Statistics, StatsInfo
 from llm_streamline.measure.partial import run_tapped
 from llm_streamline.measure.probe import Probe
@@ -255,7 +256,7 @@ def _decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, 
         facts=facts,
         measure=get_statistics,
         validation=_first(windows["validation"], recipe.selection.verify_tokens),
-        start=lambda plan: _started(loaded, plan, recipe, windows),
+        start=lambda plan: _started(loaded, plan, recipe, windows, probe.cost),
         batch_tokens=recipe.calibration.batch_tokens,
         seed=recipe.seed,
         calibration=windows["calibration"],
@@ -374,7 +375,9 @@ def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Wi
     return Trained(replacements, healed, history)
 
 
-def _started(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Windows]) -> list[Replacement]:
+def _started(
+    loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Windows], cost: Cost
+) -> list[Replacement]:
     """The plan's networks as training would start them, to compare plans: fitted to a little text where they are
     nothing without it, otherwise at a start that costs nothing.
     """
@@ -382,7 +385,12 @@ def _started(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str,
         return untrained(loaded, plan, recipe.seed)
     settings = StartSettings.of(recipe.replacement, recipe.calibration.batch_tokens, recipe.seed)
     settings = replace(settings, fit_tokens=min(settings.fit_tokens, _TRIAL_FIT_TOKENS), epochs=1)
-    return begin(loaded.model, plan, windows["train"], windows["validation"], settings)[0]
+    replacements = begin(loaded.model, plan, windows["train"], windows["validation"], settings)[0]
+    tokens = min(settings.fit_tokens, windows["train"].num_tokens)
+    resumed = min(edit.start for edit in plan.edits)
+    for replacement in replacements:  # the original to the end of the span, the edited model to where it is now
+        cost.forward(replacement.edit.stop + max(0, replacement.out - resumed), tokens)
+    return replacements
 
 
 def untrained(loaded: LoadedModel, plan: Plan, seed: int) -> list[Replacement]:
