@@ -34,11 +34,25 @@ QUALITY_TOKENS = {"quick": 16_384, "full": 262_144}
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One script: what it is called with, and the figures to be found in the results file of its name."""
+    """One script: what it is called with, and the figures to be found in its results file.
+
+    The file has the script's name and lies in the folder given by --out, unless `file` tells another one: then the
+    script chooses the place itself.
+    """
 
     name: str
     arguments: Callable[["Settings"], list[str]]
     figures: tuple[Figure, ...]
+    file: Callable[["Settings"], Path] | None = None
+
+    def result(self, settings: "Settings") -> Path:
+        """The results file."""
+        return self.file(settings) if self.file else settings.out / f"{self.name}.json"
+
+    def command(self, settings: "Settings") -> list[str]:
+        """What is run."""
+        out = [] if self.file else ["--out", str(settings.out)]
+        return [sys.executable, str(HERE / f"{self.name}.py"), *self.arguments(settings), *out]
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,16 @@ def _memory_growth(results: Mapping[str, Any]) -> float | None:
     """Peak memory over the model's own for four times the tokens, by that for one time."""
     peaks = list(results.get("analyze", {}).get("peak_over_model_MB", {}).values())
     return peaks[-1] / peaks[0] if len(peaks) == 2 and peaks[0] > 0 else None
+
+
+def _memory_shape(settings: "Settings") -> str:
+    return "0.05b" if settings.quick else "0.3b"
+
+
+def _peak_to_target(part: str) -> Callable[[Mapping[str, Any]], float | None]:
+    """Peak memory of a part by what it may be."""
+    peak, target = _at("parts", part, "peak_bytes"), _at("parts", part, "target_bytes")
+    return lambda results: peak(results) / target(results) if peak(results) and target(results) else None
 
 
 def _worst_error(what: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -160,12 +184,15 @@ BENCHMARKS = (
     ),
     Benchmark(
         "memory",
-        lambda s: ["--quick"] if s.quick else [],
+        lambda s: ["--shape", _memory_shape(s)],
         (
-            Figure("analyze under --max-memory: peak / limit", _at("ratios", "analyze_peak_to_limit")),
-            Figure("compress under --max-memory: peak / limit", _at("ratios", "compress_peak_to_limit")),
-            Figure("streamed pass / max(reading, computing)", _at("ratios", "pass_to_bound")),
+            Figure("analyze within a limit: peak / target", _peak_to_target("analyze")),
+            Figure("compress within a limit: peak / target", _peak_to_target("compress")),
+            Figure("saving: peak / target", _peak_to_target("save")),
+            Figure("streamed pass / longer of reading and computing", _at("parts", "pass", "ratio")),
+            Figure("memory, 1M training tokens / 50k", _at("parts", "tokens", "ratio")),
         ),
+        file=lambda s: HERE / "results" / f"memory-{_memory_shape(s)}.json",
     ),
     Benchmark(
         "kill",
@@ -222,10 +249,9 @@ def run_all(benchmarks: list[Benchmark], settings: Settings) -> tuple[dict[str, 
             notes[benchmark.name] = f"failed: there is no {script.name}"
             continue
         print(f"--- {benchmark.name}", flush=True)
-        result = settings.out / f"{benchmark.name}.json"
+        result = benchmark.result(settings)
         before = result.stat().st_mtime_ns if result.is_file() else None
-        command = [sys.executable, str(script), *benchmark.arguments(settings), "--out", str(settings.out)]
-        code = subprocess.run(command).returncode
+        code = subprocess.run(benchmark.command(settings)).returncode
         if code or not result.is_file() or result.stat().st_mtime_ns == before:
             notes[benchmark.name] = f"failed: exit code {code}" if code else f"failed: it wrote no {result.name}"
             continue

@@ -149,8 +149,17 @@ def test_every_benchmark_is_called_with_options_that_it_has(tmp_path, quick):
         script = FOLDER / f"{benchmark.name}.py"
         if script.is_file():
             code = script.read_text()
-            for word in [*benchmark.arguments(given), "--out"]:
+            for word in benchmark.command(given)[2:]:
                 assert not word.startswith("--") or f'"{word}"' in code, (benchmark.name, word)
+
+
+def test_a_script_may_choose_its_file(tmp_path):
+    by_name = {benchmark.name: benchmark for benchmark in run.BENCHMARKS}
+    memory = by_name["memory"]
+    assert "--out" not in memory.command(settings(tmp_path))
+    assert memory.result(settings(tmp_path)).name == "memory-0.05b.json"
+    parts = {"analyze": {"peak_bytes": 3, "target_bytes": 4}, "pass": {"ratio": 1.2}}
+    assert [figure.find({"parts": parts}) for figure in memory.figures] == [0.75, None, None, 1.2, None]
 
 
 def test_names_of_figures_are_told_apart():
