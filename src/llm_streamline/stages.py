@@ -22,7 +22,7 @@ from llm_streamline.estimate import training_forward_tokens
 from llm_streamline.evaluation.latency import confirm_latency, latency_cost
 from llm_streamline.evaluation.size import kv_bytes_of_layers
 from llm_streamline.logs import get_logger
-from llm_streamline.measure.cost import Cost
+from llm_streamline.measure.cost import Cost as ForwardCost
 from llm_streamline.measure.files import Statistics, StatsInfo
 from llm_streamline.measure.partial import run_tapped
 from llm_streamline.measure.probe import Probe
@@ -376,7 +376,7 @@ def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Wi
 
 
 def _started(
-    loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Windows], cost: Cost
+    loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Windows], cost: ForwardCost
 ) -> list[Replacement]:
     """The plan's networks as training would start them, to compare plans: fitted to a little text where they are
     nothing without it, otherwise at a start that costs nothing.
