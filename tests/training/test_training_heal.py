@@ -47,8 +47,7 @@ def built(model, plan, config):
 
 def installed(model, plan, student):
     """The model edited and healed in place."""
-    install_plan(model, plan, list(student.replacements))
-    student.healed.install(model)
+    install_plan(model, plan, list(student.replacements), student.healed)
     return model
 
 
@@ -207,6 +206,23 @@ def test_adapters_depend_on_the_seed_alone():
 
 
 # --- what comes out
+
+
+@pytest.mark.parametrize("rung", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["patch", "bias", "scale"])
+def test_repairs_are_healed_and_folded_in_the_right_order(rung, kind):
+    model, ids = tiny_model(), tiny_tokens()
+    plan = replacing(model, *SPAN, kind, init="identity")
+    student = built(model, plan, config_of(rung, objective="lm"))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    for _ in range(2):
+        student(ids)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    losses = student.token_losses(ids)
+    logits = installed(model, plan, student)(ids, use_cache=False).logits
+    truth = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, -1)
+    torch.testing.assert_close(losses, truth, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [None, "layer", "linear", "ffn"])
