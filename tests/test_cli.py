@@ -120,6 +120,7 @@ def test_every_recipe_option_has_its_key():
     values |= dict.fromkeys(("memory", "kv_cache", "latency"))
     values |= {"count": "net", "method": "shortgpt", "verify": 1, "calibration_tokens": "1k", "train_tokens": "0"}
     values |= {"seq_len": 8, "objective": "lm", "trainable": "norms", "seed": 1, "device": "cpu", "dtype": "float32"}
+    values |= {"max_memory": "4GiB", "cache_states": "states"}
     assert values.keys() == RECIPE_OPTIONS
     recipe = load_recipe(None, overrides(**values))
     assert (recipe.selection.method, recipe.training.tokens, recipe.text.seq_len) == ("shortgpt", 0, 8)

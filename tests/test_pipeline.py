@@ -1,6 +1,7 @@
 """Whole runs on a tiny model with a tiny text, through the command line as a user would."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from llm_streamline import pipeline, proof, resume
 from llm_streamline.arch import get_layers
 from llm_streamline.cli import main
 from llm_streamline.config import Recipe, load_recipe
-from llm_streamline.errors import PlanError, ProofError, TextError
+from llm_streamline.errors import ConfigError, PlanError, ProofError, TextError
 from llm_streamline.measure.files import Statistics
 from llm_streamline.output import is_complete, read_manifest
 from llm_streamline.pipeline import analyze, apply_plan, compress, evaluate, make_plan, train_replacement
@@ -416,3 +417,36 @@ def test_the_demo_model_from_end_to_end(tmp_path):
     assert outcome.proof.ok
     losses = json.loads((tmp_path / "out" / "streamline" / "training.json").read_text())["validation"]
     assert min(row["lm_loss"] for row in losses) < 6
+
+
+def test_analyze_within_a_memory_limit_gives_the_same_statistics_and_streams(place, caplog):
+    caplog.set_level(logging.INFO, logger="llm_streamline")
+    whole = analyze(str(place / "model"), place / "whole", recipe_of(place))
+    recipe = recipe_of(place, max_memory="16GiB")
+    limited = analyze(str(place / "model"), place / "limited", recipe)
+    assert "layers stay on disk" in caplog.text
+    for name, expected in whole.sums.tensors().items():
+        torch.testing.assert_close(limited.sums.tensors()[name], expected, rtol=1e-9, atol=1e-7)
+
+
+def test_a_memory_limit_too_small_is_refused_before_anything_is_written(place):
+    recipe = recipe_of(place, max_memory="20MiB")
+    for command in (analyze, compress):
+        with pytest.raises(ConfigError, match="would do"):
+            command(str(place / "model"), place / "refused", recipe)
+    assert not (place / "refused").exists()
+
+
+def test_a_whole_run_within_a_memory_limit_makes_the_same_plan_and_the_same_losses(place, done, caplog):
+    caplog.set_level(logging.INFO, logger="llm_streamline")
+    recipe = recipe_of(place, **{"target.layers": 2, "max_memory": "16GiB"})
+    limited = compress(str(place / "model"), place / "limited-run", recipe)
+    assert "layers stay on disk" in caplog.text
+    whole = place / "out"
+    assert limited.proof.ok
+    assert limited.plan.digest() == Plan.load(whole / "streamline" / "plan.json").digest()
+    logs = [json.loads((out / "streamline" / "training.json").read_text()) for out in (whole, limited.out)]
+    for mine, theirs in zip(logs[0]["steps"], logs[1]["steps"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)  # the closed form sums larger batches
+    recipe = load_recipe(limited.out / "streamline" / "recipe.yaml")
+    assert (recipe.max_memory, recipe.calibration.batch_tokens) == ("16GiB", 128), "the recipe is the user's own"

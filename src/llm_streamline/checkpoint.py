@@ -12,7 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from llm_streamline.errors import OutputError
+from llm_streamline.export.bounded import save_model
 from llm_streamline.logs import get_logger
+from llm_streamline.offload import is_streamed
 from llm_streamline.output import TOOL_FOLDER, check_room, open_output, publish, saving, temporary_folder
 from llm_streamline.proof import Check, Proof, probe_texts, prove_checkpoint
 from llm_streamline.quiet import quiet_transformers
@@ -70,7 +72,10 @@ def save_checkpoint(
         with quiet_transformers():
             # transformers renames some families' weights on saving, and back on loading, but never for shipped code
             renamed = not _names_shipped_code(model.config, extra_files)
-            model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=renamed)
+            if is_streamed(model):
+                save_model(model, staging, max_shard_size=max_shard_size, original_format=renamed)
+            else:
+                model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=renamed)
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
         serve_older_readers(staging)

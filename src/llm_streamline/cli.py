@@ -71,6 +71,8 @@ def compress(
     seed: o.SeedOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    max_memory: o.MaxMemoryOption = None,
+    cache_states: o.CacheStatesOption = None,
     fresh: o.FreshOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -96,6 +98,7 @@ def analyze(
     seed: o.SeedOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    max_memory: o.MaxMemoryOption = None,
     fresh: o.FreshOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -153,6 +156,7 @@ def plan(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     from_slices: o.FromSlicesOption = None,
+    max_memory: o.MaxMemoryOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Decide what to remove and write plan.json; the model is not changed. This is the dry run."""
@@ -185,13 +189,14 @@ def apply(
     recipe: o.RecipeOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    max_memory: o.MaxMemoryOption = None,
     fresh: o.FreshOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
     """Edit the model as a plan says, train nothing, save and prove the checkpoint."""
     from llm_streamline.config import load_recipe
 
-    wanted = load_recipe(recipe, o.overrides(device=device, dtype=dtype))
+    wanted = load_recipe(recipe, o.overrides(device=device, dtype=dtype, max_memory=max_memory))
     from llm_streamline.pipeline import apply_plan
 
     terminal.show_outcome(apply_plan(plan, model, out, wanted, fresh=fresh, stream=stream), as_json)
@@ -211,6 +216,8 @@ def train(
     seed: o.SeedOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    max_memory: o.MaxMemoryOption = None,
+    cache_states: o.CacheStatesOption = None,
     fresh: o.FreshOption = False,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -245,6 +252,7 @@ def evaluate(
     seed: o.SeedOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    max_memory: o.MaxMemoryOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Measure perplexity, tasks, stability, generation, speed and size of models, alone or against an original."""
@@ -267,7 +275,8 @@ def evaluate(
     config = parse(EvaluationConfig, {k: v for k, v in given.items() if v is not None}, "options")
     from llm_streamline.pipeline import evaluate as run
 
-    results = run(models, config, against=against, out=out, dtype=dtype or "auto", device=device or "auto")
+    place = {"dtype": dtype or "auto", "device": device or "auto", "max_memory": max_memory}
+    results = run(models, config, against=against, out=out, **place)
     if as_json:
         terminal.print_json(results.model_dump(mode="json"))
     else:

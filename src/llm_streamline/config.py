@@ -311,6 +311,12 @@ class Recipe(FrozenModel):
         description="bitsandbytes: the original is measured and trained against in packed weights; "
         "the result is always cut from the original's own",
     )
+    max_memory: str | None = Field(
+        None, description="memory the run may take, as in 4GiB, or auto; layers are then streamed from disk"
+    )
+    cache_states: str | None = Field(
+        None, description="folder that keeps the original's hidden states for the objective mse; none: computed anew"
+    )
     target: Target = Target()
     text: TextConfig = TextConfig()
     calibration: CalibrationConfig = CalibrationConfig()
@@ -318,6 +324,13 @@ class Recipe(FrozenModel):
     replacement: ReplacementConfig = ReplacementConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("max_memory")
+    @classmethod
+    def _check_size(cls, value: str | None) -> str | None:
+        if value not in (None, "auto"):
+            parse_size(value)
+        return value
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""

@@ -13,13 +13,16 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_streamline import ranks
 from llm_streamline.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMP_PREFIX = ".streamline-tmp-"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -124,6 +127,25 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
         finally:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def write_tensors(path: str | Path, tensors: "Mapping[str, Tensor]") -> Path:
+    """Write a safetensors file atomically, without a second copy of the tensors in memory; see `write_bytes`."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    with saving(path):
+        partial = path.with_name(f"{TEMP_PREFIX}{path.name}")
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(partial, 0o666 & ~_umask())
+            os.replace(partial, path)
+            sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
     return path
 
 

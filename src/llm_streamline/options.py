@@ -115,6 +115,24 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_RUN)
 ]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="Memory the run may take, as in 4GiB, or auto: layers are then streamed from disk.",
+        metavar="SIZE",
+        rich_help_panel=_RUN,
+    ),
+]
+CacheStatesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-states",
+        help="Folder that keeps the original's hidden states for the objective mse, from run to run.",
+        metavar="DIR",
+        rich_help_panel=_RUN,
+    ),
+]
 
 _KEYS = {
     "layers": "target.layers",
@@ -137,6 +155,8 @@ _KEYS = {
     "seed": "seed",
     "device": "device",
     "dtype": "dtype",
+    "max_memory": "max_memory",
+    "cache_states": "cache_states",
 }
 
 RECIPE_OPTIONS = frozenset(_KEYS)

@@ -9,6 +9,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from llm_streamline.offload import own_copy
+
 _PACKED_LINEAR = ("Linear4bit", "Linear8bitLt")
 
 
@@ -27,7 +29,7 @@ def num_numbers(parameter: Tensor) -> int:
 def plain_copy(layer: nn.Module) -> nn.Module:
     """A deep copy of a layer; each packed map becomes a plain one with the weights it stands for, in float32."""
     if not is_packed(layer):
-        return copy.deepcopy(layer)
+        return own_copy(layer)
     # what is packed is replaced in the copy, so it need not be copied first
     plain = {id(part): _plain_linear(part) for part in layer.modules() if type(part).__name__ in _PACKED_LINEAR}
     return copy.deepcopy(layer, dict(plain))

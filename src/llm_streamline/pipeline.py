@@ -5,13 +5,14 @@ source -> windows -> statistics -> plan -> edited model -> trained model -> veri
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from llm_streamline import ranks, stages
+from llm_streamline.budget import ALL_WORK, fit
 from llm_streamline.checkpoint import probe_texts
-from llm_streamline.config import Recipe
+from llm_streamline.config import Recipe, load_recipe
 from llm_streamline.errors import OutputError, PlanError
 from llm_streamline.estimate import preview_plan
 from llm_streamline.evaluation.config import EvaluationConfig
@@ -19,9 +20,11 @@ from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
 from llm_streamline.evaluation.material import check_config
 from llm_streamline.evaluation.result import Results
 from llm_streamline.evaluation.size import model_size
+from llm_streamline.forecast import announce
 from llm_streamline.ledger import key_of
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics
+from llm_streamline.offload import is_streamed
 from llm_streamline.output import (
     TOOL_FOLDER,
     check_output,
@@ -83,7 +86,7 @@ def analyze(model: str, out: str | Path, recipe: Recipe | None = None, *, fresh:
     source = ranks.main_first(lambda: resolve_model(model))
     ranks.main_first(lambda: stages.check_early(source, recipe))
     ranks.from_main(lambda: check_output(out, source=protected(source)))
-    loaded = stages.load_original(source, recipe)
+    recipe, loaded = _loaded(source, recipe, ("measure",))
     stages.check_text(loaded, recipe)
     with opened(out, fresh, source) as run:
         with run.taken_back_if_refused():
@@ -112,7 +115,7 @@ def make_plan(
     statistics = Statistics.load(stats) if stats else None
     if out is not None:
         ranks.from_main(lambda: _check_plan_file(Path(out)))
-    loaded = stages.load_original(source, recipe)
+    recipe, loaded = _loaded(source, recipe, ("verify",) if statistics else ("measure", "verify"))
     if statistics:
         _check_statistics(statistics, loaded)
     stages.check_wishes(loaded, recipe)
@@ -181,7 +184,8 @@ def apply_plan(
         return Outcome(out, plan, preview, None, proof, None)
     _check_needs_no_text(plan)
     recipe = recipe.model_copy(update={"quantization": "none"})  # nothing is measured or trained
-    source, loaded = _begin_from_plan(plan, model, out, recipe, with_text=False)
+    asked = recipe
+    recipe, source, loaded = _begin_from_plan(plan, model, out, recipe, ("save",), with_text=False)
     preview = _preview(loaded, plan, recipe, None)
     untrained = stages.Trained(stages.untrained(loaded, plan, recipe.seed), None, None)
     texts = ranks.from_main(partial(probe_texts, loaded.model, loaded.tokenizer))
@@ -189,7 +193,7 @@ def apply_plan(
         with run.taken_back_if_refused():
             remove_manifest(run.out)
             proof = install_and_prove(loaded, plan, untrained, run.out, texts)
-        finish(run.out, plan, recipe, loaded.source, {"stage": "apply"})
+        finish(run.out, plan, asked, loaded.source, {"stage": "apply"})
     return Outcome(run.out, plan, preview, None, proof, None)
 
 
@@ -210,7 +214,8 @@ def train_replacement(
             "this plan puts no network back, so there is nothing to train: use `llm-streamline apply`, or name with "
             "--trainable what of the original is to be trained"
         )
-    source, loaded = _begin_from_plan(plan, model, out, recipe)
+    asked = recipe
+    recipe, source, loaded = _begin_from_plan(plan, model, out, recipe, ("start", "train", "save"))
     check_healing(loaded.model, recipe.training, has_network)
     stages.check_text(loaded, recipe)
     preview = _preview(loaded, plan, recipe, None)
@@ -220,7 +225,7 @@ def train_replacement(
         remove_manifest(run.out)
         texts = ranks.from_main(partial(probe_texts, loaded.model, loaded.tokenizer))
         proof = trained_checkpoint(loaded, plan, recipe, windows, run.out, run.ledger, texts)
-        finish(run.out, plan, recipe, loaded.source, {"stage": "train"})
+        finish(run.out, plan, asked, loaded.source, {"stage": "train"})
     return Outcome(run.out, plan, preview, None, proof, None)
 
 
@@ -232,6 +237,7 @@ def evaluate(
     out: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    max_memory: str | None = None,
 ) -> Results:
     """Measure models, alone and against an original; one model and the original are in memory at a time.
 
@@ -242,6 +248,7 @@ def evaluate(
         out: results file (.json); per-item logs go beside it.
         dtype: of all models.
         device: of all models.
+        max_memory: as in 4GiB, or auto; layers are then streamed from disk.
 
     Raises:
         StreamlineError: whatever is wrong with models, texts or tasks, before the slow work.
@@ -251,8 +258,15 @@ def evaluate(
     sources = [ranks.main_first(lambda model=model: resolve_model(model)) for model in models]
     original_source = ranks.main_first(lambda: resolve_model(against)) if against else None
     ranks.from_main(lambda: check_config(config))
-    original = load_model(original_source, dtype, device) if original_source else None
-    loaded = (load_model(source, dtype, device) for source in sources)
+    config, on_disk = _fitted_evaluation(
+        [*sources, *filter(None, [original_source])], config, dtype, device, max_memory
+    )
+
+    def load(source: ModelSource) -> LoadedModel:
+        return load_model(source, dtype, device, layers_on_disk=source.spec in on_disk)
+
+    original = load(original_source) if original_source else None
+    loaded = (load(source) for source in sources)
     return run_evaluation(loaded, original, config, out=out, command=command_line())
 
 
@@ -280,7 +294,8 @@ def compress(
     ranks.main_first(lambda: stages.check_early(source, recipe))
     ranks.from_main(lambda: check_config(recipe.evaluation))
     ranks.from_main(lambda: check_output(out, source=protected(source)))
-    loaded = stages.load_original(source, recipe)
+    asked = recipe
+    recipe, loaded = _loaded(source, recipe, ALL_WORK)
     stages.check_wishes(loaded, recipe)
     stages.check_text(loaded, recipe)
     with opened(out, fresh, source) as run:
@@ -289,33 +304,75 @@ def compress(
             roles = ("calibration", "train", "validation", "evaluation")
             windows = prepared(loaded, recipe, roles, folder, ledger)
             wanted = evaluation_wanted(recipe, loaded, windows)
-        run_key = key_of(source.fingerprint, recipe.model_dump(mode="json"), window_hashes(windows))
+        wishes = asked.model_dump(mode="json", exclude={"max_memory", "cache_states"})  # they change no result
+        run_key = key_of(source.fingerprint, wishes, window_hashes(windows))
         is_this = ranks.from_main(lambda: is_complete(out) and read_manifest(out).get("key") == run_key)
         if is_this and ledger.is_intact(STAGES):
             log.info("%s holds this very run already, finished; --fresh starts over", out)
             return _found(out, loaded, recipe)
         remove_manifest(out)
-        stages.write_recipe(folder, recipe)
+        stages.write_recipe(folder, asked)
         statistics = measured(loaded, windows["calibration"], recipe, folder, ledger)
         plan = decided(loaded, recipe, statistics, windows, folder, ledger)
         preview = _preview(loaded, plan, recipe, statistics)
         _announce(plan, preview)
         texts = ranks.from_main(partial(probe_texts, loaded.model, loaded.tokenizer))
         proof = trained_checkpoint(loaded, plan, recipe, windows, out, ledger, texts)
+        on_disk = is_streamed(loaded.model)
         del loaded
         gc.collect()
-        results = evaluated(source, recipe, wanted, plan, out, ledger, windows)
+        results = evaluated(source, recipe, wanted, plan, out, ledger, windows, layers_on_disk=on_disk)
         manifest = {"key": run_key, "recipe_name": recipe_name}
-        report = finish(out, plan, recipe, source, manifest)
+        report = finish(out, plan, asked, source, manifest)
     return Outcome(out, plan, preview, results, proof, report)
 
 
 # --- small helpers
 
 
+def _loaded(
+    source: ModelSource, recipe: Recipe, work: tuple[str, ...], plan: Plan | None = None
+) -> tuple[Recipe, LoadedModel]:
+    """The model, and the recipe as it will be run: with batch sizes that fit `max_memory`, when there is one."""
+    wished = _as_planned(recipe, plan) if plan else recipe
+    fitted = ranks.from_main(lambda: fit(source, wished, work))  # one batch size for all processes
+    loaded = stages.load_original(source, recipe, fitted)
+    if fitted is None:
+        return recipe, loaded
+    announce(loaded, fitted, work)
+    sizes = {"calibration": fitted.recipe.calibration, "evaluation": fitted.recipe.evaluation}
+    return recipe.model_copy(update=sizes), loaded
+
+
+def _fitted_evaluation(
+    sources: Sequence[ModelSource], config: EvaluationConfig, dtype: str, device: str, max_memory: str | None
+) -> tuple[EvaluationConfig, set[str]]:
+    """The evaluation with batches that fit `max_memory`, and which models' layers stay on disk."""
+    if max_memory is None:
+        return config, set()
+    length = {"text.seq_len": config.context or 1024}
+    recipe = load_recipe(None, {"dtype": dtype, "device": device, "max_memory": max_memory, **length})
+    recipe = recipe.model_copy(update={"evaluation": config})
+    fits = {source.spec: fit(source, recipe, ("evaluate",)) for source in sources}
+    tightest = min(fits.values(), key=lambda found: found.recipe.evaluation.batch_tokens)
+    return tightest.recipe.evaluation, {spec for spec, found in fits.items() if found.layers_on_disk}
+
+
+def _as_planned(recipe: Recipe, plan: Plan) -> Recipe:
+    """The recipe with a plan's span and network as its wish, to see what they need."""
+    edit = next((edit for edit in plan.edits if isinstance(edit, Replace)), plan.edits[0] if plan.edits else None)
+    if edit is None:
+        return recipe
+    span = recipe.selection.model_copy(update={"span": (edit.start, edit.stop)})
+    network = {"kind": "none"}
+    if isinstance(edit, Replace):
+        network = {"kind": edit.network.kind, "count": edit.network.count, "init": edit.network.init}
+    return recipe.model_copy(update={"selection": span, "replacement": recipe.replacement.model_copy(update=network)})
+
+
 def _begin_from_plan(
-    plan: Plan, model: str, out: str | Path, recipe: Recipe, with_text: bool = True
-) -> tuple[ModelSource, LoadedModel]:
+    plan: Plan, model: str, out: str | Path, recipe: Recipe, work: tuple[str, ...], with_text: bool = True
+) -> tuple[Recipe, ModelSource, LoadedModel]:
     """Load the model of a plan and refuse what does not fit; nothing is written yet."""
     ranks.start(recipe.device)
     source = ranks.main_first(lambda: resolve_model(model))
@@ -323,11 +380,11 @@ def _begin_from_plan(
     wishes = recipe.model_copy(update=no_wishes)
     ranks.main_first(lambda: stages.check_early(source, wishes, with_text=with_text))
     ranks.from_main(lambda: check_output(out, source=protected(source)))
-    loaded = stages.load_original(source, recipe)
+    recipe, loaded = _loaded(source, recipe, work, plan)
     plan.check_fits(stages.model_facts(loaded))
     for warning in plan_warnings(loaded.model.config, plan):
         log.warning("%s", warning)
-    return source, loaded
+    return recipe, source, loaded
 
 
 def _check_needs_no_text(plan: Plan) -> None:
@@ -346,7 +403,11 @@ def _preview(loaded: LoadedModel, plan: Plan, recipe: Recipe, statistics: Statis
         seconds = statistics.info.layer_seconds_per_token
     else:
         seconds = stages.time_layers(loaded, recipe)
-    return preview_plan(loaded.model, model_size(loaded.model), plan, recipe.training, recipe.text.seq_len, seconds)
+    size = model_size(loaded.model)
+    preview = preview_plan(loaded.model, size, plan, recipe.training, recipe.text.seq_len, seconds)
+    if loaded.fitted is None or preview.peak_memory_bytes is None:
+        return preview
+    return replace(preview, peak_memory_bytes=loaded.fitted.training_peak(_as_planned(recipe, plan)))
 
 
 def _announce(plan: Plan, preview: Preview) -> None:

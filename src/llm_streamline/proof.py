@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_streamline.errors import ProofError
+from llm_streamline.offload import is_streamed
 from llm_streamline.output import TOOL_FOLDER, saving, write_json
 from llm_streamline.reload import KEY_KINDS, PROMPTS, SAMPLE_TEXT, logits_of, main_dtype, probe_texts
 from llm_streamline.schema import FrozenModel
@@ -142,6 +143,7 @@ def _write_request(
         "attention": getattr(model.config, "_attn_implementation", None),
         "own_code": own_code,
         "places": places,
+        "layers_on_disk": places is None and is_streamed(model),
     }
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     return dtype

@@ -24,13 +24,14 @@ PROMPTS = (
     "To make a good cup of tea, first",
 )
 _NUM_NEW_TOKENS = 40
+_NUM_NEW_TOKENS_FROM_DISK = 16  # each new token reads all layers
 
 
 def probe_texts(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str] = PROMPTS,
-    num_new_tokens: int = _NUM_NEW_TOKENS,
+    num_new_tokens: int | None = None,
 ) -> list[str]:
     """Return the greedy continuations of `prompts`, without the prompts: plain text, no chat template.
 
@@ -38,6 +39,10 @@ def probe_texts(
     """
     import torch
 
+    from llm_streamline.offload import is_streamed
+
+    if num_new_tokens is None:
+        num_new_tokens = _NUM_NEW_TOKENS_FROM_DISK if is_streamed(model) else _NUM_NEW_TOKENS
     encoded = [list(tokenizer(prompt).input_ids) for prompt in prompts]
     longest = max(map(len, encoded), default=0)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 10**9
@@ -83,24 +88,27 @@ def answer(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
     options = {"attn_implementation": request["attention"]} if request["attention"] else {}
-    if request["places"]:
-        options |= {"device_map": request["places"], "offload_folder": str(folder / "weights")}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        request["out"],
-        dtype="auto",
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=request["own_code"],
-        **options,
-    )
+    options |= {"dtype": "auto", "output_loading_info": True, "use_safetensors": True}
+    options["trust_remote_code"] = request["own_code"]
+    if request["layers_on_disk"]:
+        from llm_streamline.offload import load_with_layers_on_disk
+
+        device = torch.device(request["device"])
+        model, info = load_with_layers_on_disk(
+            AutoModelForCausalLM, request["out"], _skeleton(request), device, **options
+        )
+    else:
+        if request["places"]:
+            options |= {"device_map": request["places"], "offload_folder": str(folder / "weights")}
+        model, info = AutoModelForCausalLM.from_pretrained(request["out"], **options)
+        if not request["places"]:
+            model.to(request["device"])
     info = info if isinstance(info, dict) else vars(info)
     reply: dict[str, Any] = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in KEY_KINDS}
     reply["dtype"] = str(main_dtype(model)).removeprefix("torch.")
     reply["same_device"] = request["same_device"]
     reply["quantization_config"] = bool(getattr(model.config, "quantization_config", None))
     model.eval()
-    if not request["places"]:
-        model.to(request["device"])
     probe = load_file(folder / "probe.safetensors")
     logits_BTV = logits_of(model, probe["input_ids"])
     finite = bool(torch.isfinite(logits_BTV).all() and torch.isfinite(probe["logits"]).all())
@@ -109,6 +117,15 @@ def answer(folder: Path) -> None:
     reply |= _texts(Path(request["out"]), model, request["own_code"])
     reply["cache"] = _compare_cache(model, probe["input_ids"], widen=not request["places"])
     (folder / "reply.json").write_text(json.dumps(reply), encoding="utf-8")
+
+
+def _skeleton(request: dict[str, Any]) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(request["out"], trust_remote_code=request["own_code"])
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=request["own_code"])
 
 
 def _texts(out: Path, model: "PreTrainedModel", own_code: bool) -> dict[str, Any]:
@@ -171,6 +188,11 @@ def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor", widen
 def _float32_fits(model: "PreTrainedModel") -> bool:
     import psutil
     import torch
+
+    from llm_streamline.offload import is_streamed
+
+    if is_streamed(model):
+        return False  # there is a limit of memory
 
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available

@@ -155,19 +155,22 @@ def evaluated(
     out: Path,
     ledger: Ledger,
     windows: dict[str, Windows],
+    *,
+    layers_on_disk: bool = False,
 ) -> Results:
     """The compressed model's results beside those of the original, both loaded from disk."""
     path = out / TOOL_FOLDER / "results.json"
+    wishes = config.model_dump(mode="json", exclude={"batch_tokens"})  # how many at once changes no number
     text = windows["evaluation"].provenance["sha256"]
-    key = key_of(ledger.key("save"), recipe.attn_implementation, config.model_dump(mode="json"), text)
+    key = key_of(ledger.key("save"), recipe.attn_implementation, wishes, text)
     if ledger.is_done("evaluate", key):
         log.info("results: measured before, taken from %s", path)
         return Results.load(path)
     with ledger.running("evaluate", key) as made:
         log.info("evaluating against the original")
-        attention = recipe.attn_implementation
-        original = load_model(source, recipe.dtype, recipe.device, attention=attention)
-        compressed = load_model(resolve_model(str(out)), "auto", recipe.device, attention=attention)
+        options = {"attention": recipe.attn_implementation, "layers_on_disk": layers_on_disk}
+        original = load_model(source, recipe.dtype, recipe.device, **options)
+        compressed = load_model(resolve_model(str(out)), "auto", recipe.device, **options)
         held_out = {HELD_OUT: windows["evaluation"]}
         results = run_evaluation(
             compressed, original, config, out=path, windows=held_out, command=command_line(), plan_hash=plan.digest()

@@ -189,6 +189,38 @@ def fits_in_memory(num_bytes: int) -> bool:
     return num_bytes < 0.6 * psutil.virtual_memory().available
 
 
+def own_memory_bytes() -> int:
+    """Return the memory that belongs to this process alone, in bytes: without pages of files mapped from disk."""
+    try:
+        with open("/proc/self/status") as file:
+            match = re.search(r"^RssAnon:\s+(\d+) kB", file.read(), re.MULTILINE)
+        if match:
+            return int(match[1]) * 1024
+    except OSError:
+        pass  # no /proc here: the resident set is the nearest that the system tells
+    return current_memory_bytes()
+
+
+def available_bytes(device: "torch.device") -> int:
+    """Return the memory that a process could still take now: of the device, or of the machine or its container."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    available = psutil.virtual_memory().available
+    try:  # a container's own limit (cgroup v2); its page cache counts as used there, but is given back
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = int(file.read())
+        with open("/sys/fs/cgroup/memory.stat") as file:
+            own = re.search(r"^anon (\d+)$", file.read(), re.MULTILINE)
+        available = min(available, limit - int(own[1]) if own else available)
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        pass
+    return max(0, available)
+
+
 def versions() -> dict[str, str]:
     """Return what a manifest records about the machine: packages, Python, system, processor, accelerator."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "cpus": str(os.cpu_count())}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from llm_streamline.budget import Fit
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -53,6 +54,7 @@ class LoadedModel:
     source: ModelSource
     dtype: "torch.dtype"
     device: "torch.device"
+    fitted: "Fit | None" = None  # into a limit of memory, when there is one
 
 
 def resolve_model(spec: str | Path, revision: str | None = None) -> ModelSource:
@@ -135,6 +137,7 @@ def load_model(
     with_tokenizer: bool = True,
     attention: str = "auto",
     quantization: str = "none",
+    layers_on_disk: bool = False,
 ) -> LoadedModel:
     """Read a model's weights: eval mode, no parameter asks for gradients, no remote code.
 
@@ -145,6 +148,7 @@ def load_model(
         with_tokenizer: False leaves `tokenizer` None, for a model that has none.
         attention: auto, eager, sdpa or flash_attention_2.
         quantization: none, 8bit or 4bit: weights packed by bitsandbytes as they are read, to be run and not saved.
+        layers_on_disk: the decoder layers' weights stay in the files and are in memory only while a layer runs.
 
     Raises:
         SourceError: the weights do not fit the configuration, or cannot be read.
@@ -157,28 +161,35 @@ def load_model(
     folder = model_folder(source)
     config = read_config(folder, source.spec)
     weights = read_weights(folder)
-    torch_dtype = pick_dtype(dtype, _own_dtype(source, config, weights))
+    torch_dtype = pick_dtype(dtype, own_dtype(source, config, weights))
     check_size(config, weights, source.spec)
     tokenizer = load_tokenizer(source) if with_tokenizer else None
+    options = {
+        "dtype": torch_dtype,
+        "output_loading_info": True,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        **loading_options(attention, quantization, torch_dtype),
+        **({"device_map": {"": torch_device}} if quantization != "none" else {}),
+    }
     try:
         with quiet_transformers():
-            model, info = loading_class(config).from_pretrained(
-                folder,
-                dtype=torch_dtype,
-                **loading_options(attention, quantization, torch_dtype),
-                **({"device_map": {"": torch_device}} if quantization != "none" else {}),
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+            if layers_on_disk:
+                from llm_streamline.offload import load_with_layers_on_disk
+
+                model, info = load_with_layers_on_disk(
+                    loading_class(config), folder, load_skeleton(source), torch_device, **options
+                )
+            else:
+                model, info = loading_class(config).from_pretrained(folder, **options)
     except Exception as error:  # a foreign parser on foreign data: whatever it raises, the files cannot be read
         raise SourceError(f"cannot load {source.spec}: {one_line(error)}") from error
     check_loading(info, source.spec)
-    model.requires_grad_(False)
-    if quantization == "none":  # packed weights are where they were put
-        model = model.to(torch_device)
-    return LoadedModel(model.eval(), tokenizer, source, torch_dtype, torch_device)
+    model.requires_grad_(False).eval()
+    if quantization == "none" and not layers_on_disk:  # packed weights are where they were put
+        model.to(torch_device)
+    return LoadedModel(model, tokenizer, source, torch_dtype, torch_device)
 
 
 def load_skeleton(source: ModelSource) -> "PreTrainedModel":
@@ -286,7 +297,7 @@ def _fingerprint(config: dict[str, Any], files: tuple[Path, ...]) -> str:
     return digest.hexdigest()
 
 
-def _own_dtype(source: ModelSource, config: "PretrainedConfig", weights: Weights) -> "torch.dtype | None":
+def own_dtype(source: ModelSource, config: "PretrainedConfig", weights: Weights) -> "torch.dtype | None":
     """The dtype a checkpoint is meant for: what its config says, else what most of its numbers are stored in."""
     import torch
 

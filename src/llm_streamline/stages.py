@@ -12,6 +12,7 @@ import torch
 
 from llm_streamline import ranks
 from llm_streamline.arch import check_architecture, get_layers
+from llm_streamline.budget import Fit
 from llm_streamline.config import Recipe, Target
 from llm_streamline.data.prepare import WindowNeed, prepare_windows
 from llm_streamline.data.text import open_text
@@ -21,6 +22,7 @@ from llm_streamline.errors import ConfigError, PlanError
 from llm_streamline.estimate import training_forward_tokens
 from llm_streamline.evaluation.latency import confirm_latency, latency_cost
 from llm_streamline.evaluation.size import kv_bytes_of_layers
+from llm_streamline.layer_config import text_config
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.cost import Cost as ForwardCost
 from llm_streamline.measure.files import Statistics, StatsInfo
@@ -46,8 +48,9 @@ from llm_streamline.training.begin import StartSettings, begin, keep_start, kept
 from llm_streamline.training.compiled import compiled
 from llm_streamline.training.heal import Healed, check_healing
 from llm_streamline.training.sharding import shard_teacher
+from llm_streamline.training.states import CachedStates, StateRequest, cached_states, check_cacheable
 from llm_streamline.training.student import Student
-from llm_streamline.training.trainer import train_student
+from llm_streamline.training.trainer import num_windows_seen, train_student
 
 _TRIAL_FIT_TOKENS = 8_192  # that a network is fitted on while plans are compared
 log = get_logger()
@@ -92,6 +95,8 @@ def check_early(source: ModelSource, recipe: Recipe, *, with_text: bool = True) 
             f"windows of {recipe.text.seq_len} tokens are longer than the model's {positions} positions; "
             f"use --seq-len {positions} or less"
         )
+    if recipe.cache_states:
+        check_cacheable(recipe.training.objective, recipe.training.trainable)
     counts_sublayers = find_method(recipe.selection.method).counts_sublayers
     if counts_sublayers and recipe.target.limited and not recipe.selection.span:
         raise PlanError(
@@ -260,6 +265,7 @@ def _decide(loaded: LoadedModel, recipe: Recipe, statistics: Statistics | None, 
         batch_tokens=recipe.calibration.batch_tokens,
         seed=recipe.seed,
         calibration=windows["calibration"],
+        at_once=loaded.fitted.candidates_at_once if loaded.fitted else None,
     )
     if recipe.selection.span:
         return with_warnings(loaded.model.config, _span_by_hand(recipe, facts))
@@ -367,10 +373,10 @@ def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Wi
     student = Student(loaded.model, plan, replacements, training, healed)
     history: dict[str, Any] = {"starts": trials}
     if training.tokens:
+        states = _cached_states(loaded, student, recipe, windows["train"]) if recipe.cache_states else None
+        data, checkpoints = (windows["train"], windows["validation"]), folder / "checkpoints"
         with compiled(replacements) if training.torch_compile else nullcontext():
-            history |= train_student(
-                student, training, windows["train"], windows["validation"], folder / "checkpoints", recipe.seed
-            )
+            history |= train_student(student, training, *data, checkpoints, recipe.seed, states)
         history["forward_tokens"] = training_forward_tokens(loaded.model, plan, training, history["tokens"])
     return Trained(replacements, healed, history)
 
@@ -393,6 +399,22 @@ def _started(
     return replacements
 
 
+def _cached_states(loaded: LoadedModel, student: Student, recipe: Recipe, windows: Windows) -> CachedStates:
+    """The original's states at both ends of the spans, from the cache that the recipe names."""
+    request = StateRequest(
+        model=f"{loaded.source.fingerprint} {arithmetic(loaded, recipe)}",
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        windows=windows.provenance["sha256"],
+        num_windows=num_windows_seen(recipe.training, windows),
+        seq_len=windows.seq_len,
+        width=text_config(loaded.model.config).hidden_size,
+        enters=student.resume_at,
+        leaves=tuple(replacement.edit.stop for replacement in student.replacements),
+    )
+    place, batch_tokens = Path(recipe.cache_states), recipe.calibration.batch_tokens
+    return ranks.main_first(lambda: cached_states(loaded.model, windows, request, place, batch_tokens))
+
+
 def untrained(loaded: LoadedModel, plan: Plan, seed: int) -> list[Replacement]:
     """The plan's networks at a start that needs no text."""
     replacements = build_replacements(loaded.model, plan)
@@ -406,7 +428,7 @@ def time_layers(loaded: LoadedModel, recipe: Recipe) -> float:
     """Seconds that one layer's forward takes for one token here: the faster of two passes over one window."""
     length = min(recipe.text.seq_len, 512)
     ids = torch.zeros(1, length, dtype=torch.long, device=loaded.device)
-    num_layers, times = len(get_layers(loaded.model)), []
+    num_layers, times = min(len(get_layers(loaded.model)), 4), []  # enough to tell, on a model of any depth
     for _ in range(2):
         started = time.perf_counter()
         states, _ = run_tapped(loaded.model, {"input_ids": ids}, stop=num_layers)
@@ -415,17 +437,21 @@ def time_layers(loaded: LoadedModel, recipe: Recipe) -> float:
     return min(times) / (length * num_layers)
 
 
-def load_original(source: ModelSource, recipe: Recipe) -> LoadedModel:
-    """Load the model as the recipe says, with all generators seeded."""
+def load_original(source: ModelSource, recipe: Recipe, fitted: Fit | None = None) -> LoadedModel:
+    """Load the model as the recipe says, with all generators seeded; what was fitted into a limit stays on disk."""
     seed_everything(recipe.seed)
     log.info("loading %s", source.spec)
-    return load_model(
+    on_disk = fitted is not None and fitted.layers_on_disk
+    loaded = load_model(
         source,
         recipe.dtype,
         recipe.device,
         attention=recipe.attn_implementation,
         quantization=recipe.quantization,
+        layers_on_disk=on_disk,
     )
+    loaded.fitted = fitted
+    return loaded
 
 
 def unpack(loaded: LoadedModel, recipe: Recipe) -> None:

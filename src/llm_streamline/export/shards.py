@@ -44,6 +44,11 @@ def split_shards(tensors: Iterable[tuple[str, TensorHeader]], max_bytes: int) ->
     return shards
 
 
+def shard_order(name: str) -> list[tuple[int, int, str]]:
+    """Transformers fills shards by name, numbers by value."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
 def num_bytes(header: TensorHeader) -> int:
     """Bytes that a tensor takes in the file."""
     return header.num_elements * _BYTES[header.dtype]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llm_streamline.arch import find_arch
 from llm_streamline.checkpoint import serve_older_readers, tidy_config
 from llm_streamline.errors import ArchitectureError, PlanError
-from llm_streamline.export.shards import num_bytes, parse_size, split_shards, write_shards
+from llm_streamline.export.shards import num_bytes, parse_size, shard_order, split_shards, write_shards
 from llm_streamline.output import check_room, open_output, publish, saving, temporary_folder
 from llm_streamline.quiet import quiet_transformers
 from llm_streamline.replacements.ship import shipped_files
@@ -156,12 +156,7 @@ def _renamed(weights: Weights, prefix: str, sources: list[int], skeleton: "PreTr
             renamed[old] = old
         elif int(match[1]) in places:  # layers beyond the last one predict further tokens; they do not fit a cut model
             renamed[f"{prefix}{places[int(match[1])]}.{old[match.end() :]}"] = old
-    return {name: renamed[name] for name in sorted(renamed, key=_shard_order)}
-
-
-def _shard_order(name: str) -> list[tuple[int, int, str]]:
-    """Transformers fills shards by name, numbers by value."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return {name: renamed[name] for name in sorted(renamed, key=shard_order)}
 
 
 def _dropped(skeleton: "PreTrainedModel", weights: Weights) -> set[str]:

@@ -41,6 +41,7 @@ class Probe:
     batch_tokens: int
     seed: int
     calibration: Windows | None = None
+    at_once: int | None = None  # plans whose networks are in memory together; None: all
     cost: Cost = field(default_factory=Cost)
     _statistics: Statistics | None = field(default=None, init=False, repr=False)
     _silent: SilentLayers = field(default_factory=SilentLayers, init=False, repr=False)
@@ -83,6 +84,10 @@ class Probe:
         Returns:
             (W,) float64 nats a token for each plan, in the order of the plans.
         """
+        size = self.at_once or len(plans)
+        if len(plans) > size and any(edit.kind != "remove" for plan in plans for edit in plan.edits):
+            parts = [plans[i : i + size] for i in range(0, len(plans), size)]
+            return [means for part in parts for means in self.losses_of(part, first, stop)]
         windows = Windows(input_ids=self.validation.input_ids[first:stop])
         together = SharedPrefix(self.model, [self._variant(plan) for plan in plans])
         found: list[list[Tensor]] = [[] for _ in plans]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llm_streamline.arch import ArchSpec, get_layers
+from llm_streamline.offload import weights_in_memory
 from llm_streamline.packed import plain_copy
 from llm_streamline.plan import Plan, Replace
 
@@ -78,8 +79,9 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         KeyError: if the two do not have the same parameters: a mistake of ours.
     """
     theirs = dict(target.named_parameters()) | dict(target.named_buffers())
-    for name, value in (dict(source.named_parameters()) | dict(source.named_buffers())).items():
-        theirs[name].copy_(value)
+    with weights_in_memory(source):
+        for name, value in (dict(source.named_parameters()) | dict(source.named_buffers())).items():
+            theirs[name].copy_(value)
 
 
 def layers_at(model: nn.Module, replacement: Replacement) -> list[nn.Module]:

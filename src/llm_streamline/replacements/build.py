@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from llm_streamline.arch import find_arch, get_layers, mlp_facts
+from llm_streamline.offload import bring_home
 from llm_streamline.plan import Plan, Replace
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.layer import LayerReplacement, SilencedLayerReplacement
@@ -51,6 +52,9 @@ def install_plan(model: nn.Module, plan: Plan, replacements: list[Replacement], 
         healed: `training.heal.Healed`, the original's own weights that were trained beside them; None: none.
     """
     apply_plan(model, plan)
+    for replacement in replacements:
+        for layer in get_layers(model)[replacement.resume_at : replacement.out]:
+            bring_home(layer)  # what is on disk cannot be written to
     ordered = sorted(replacements, key=lambda replacement: replacement.install_order)
     for replacement in (r for r in ordered if r.install_order == 0):
         replacement.install(model)

@@ -25,6 +25,8 @@ from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.linear import LinearReplacement
 from llm_streamline.replacements.stream import StreamReplacement
 
+_ROWS = 2_048  # of the moments that a batch's product is made of at a time
+
 
 @dataclass
 class Moments:
@@ -47,7 +49,9 @@ class Moments:
         """Add tokens: a (N, f), r (N, d), weight (N,), all float32."""
         a, r = a.to(self.aa), r.to(self.aa)  # a product in float32 loses what a small ridge must still see
         weighted = a * weight.to(self.aa).unsqueeze(1)
-        self.aa += weighted.T @ a
+        for start in range(0, self.num_inputs, _ROWS):  # the whole product once more would be large
+            rows = slice(start, start + _ROWS)
+            self.aa[rows] += weighted[:, rows].T @ a
         self.ar += weighted.T @ r
         self.count += len(a)
 
@@ -56,18 +60,20 @@ class Moments:
         self.aa, self.ar = ranks.summed(self.aa), ranks.summed(self.ar)
         self.count = sum(ranks.gathered(self.count))
 
-    def solve(self, ridge: float, prior: Tensor | None = None) -> Tensor:
+    def solve(self, ridge: float, prior: Tensor | None = None, *, in_place: bool = False) -> Tensor:
         """The W (d, f) that minimises sum w |r - W a|^2 + ridge * mean(diag(aa)) * |W - prior|^2.
 
         Args:
             ridge: pull toward the prior, relative to the mean weighted square of an input; larger than 0.
             prior: (d, f); None is zero, which leaves the residual stream as it is.
+            in_place: use up `aa`, so that no second matrix of its size is needed.
         """
         scale = ridge * self.aa.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        system = self.aa + scale * torch.eye(self.num_inputs, dtype=torch.float64, device=self.aa.device)
-        start = torch.zeros_like(self.ar) if prior is None else prior.T.to(self.ar)
-        factor = torch.linalg.cholesky(system)
-        return (start + torch.cholesky_solve(self.ar - self.aa @ start, factor)).T
+        rest = self.ar if prior is None else self.ar - self.aa @ prior.T.to(self.ar)
+        system = self.aa if in_place else self.aa.clone()  # large: the inner width of an MLP, squared
+        system.diagonal().add_(scale)
+        solution = torch.cholesky_solve(rest, torch.linalg.cholesky(system, out=system))
+        return (solution if prior is None else solution + prior.T.to(self.ar)).T
 
 
 @torch.no_grad()
@@ -136,7 +142,7 @@ def solve_output_projection(
         handle.remove()
     moments.share()
     prior = torch.eye(num_outputs) if isinstance(replacement, LinearReplacement) else None
-    solution = moments.solve(ridge, prior)
+    solution = moments.solve(ridge, prior, in_place=True)
     weight = solution[:, :num_inputs]
     projection.weight.copy_(weight.T if transposed else weight)
     if has_bias:

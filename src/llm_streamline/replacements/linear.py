@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llm_streamline.arch import ArchSpec, fold_obstacle, get_layers, mlp_facts
 from llm_streamline.errors import ArchitectureError
+from llm_streamline.offload import is_streamed, own_copy
 from llm_streamline.plan import Plan, Replace
 from llm_streamline.replacements.base import Replacement
 
@@ -38,6 +39,8 @@ class LinearReplacement(Replacement):
         obstacle = fold_obstacle(before, arch)
         if obstacle:
             raise ArchitectureError(f"a linear map cannot be folded into this {arch.model_type}: {obstacle}")
+        if is_streamed(before):
+            before = own_copy(before)  # its projection is used while the layer itself is on disk
         self.resume_at = self.position - 1
         self._down = mlp_facts(before, arch).down
         projection = before.get_submodule(self._down)

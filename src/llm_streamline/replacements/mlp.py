@@ -12,6 +12,7 @@ from llm_streamline.arch import ArchSpec, get_layers, mlp_facts, silence_attenti
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import CODE_KEY, mlp_width, text_config
 from llm_streamline.measure.partial import layers_return_tuples
+from llm_streamline.offload import weights_in_memory
 from llm_streamline.plan import Plan, Replace
 from llm_streamline.replacements.base import Replacement, layers_at
 from llm_streamline.replacements.mlp_layer import build_mlp_layer
@@ -50,8 +51,9 @@ class MlpReplacement(Replacement):
                     raise ArchitectureError(
                         f"the config of this {arch.model_type} names no {key} for an ffn; set replacement.{key}"
                     )
-        self.layer = build_mlp_layer(self.settings, template, config.hidden_size).float().requires_grad_(True)
-        self.layer.to(next(template.parameters()).device)
+        with weights_in_memory(template):
+            self.layer = build_mlp_layer(self.settings, template, config.hidden_size).float().requires_grad_(True)
+            self.layer.to(next(template.parameters()).device)
         self._down = None if network.kind == "ffn" else facts.down.removeprefix(f"{arch.family.mlp}.")
 
     def patches(self) -> dict[int, nn.Module]:
@@ -113,5 +115,7 @@ def add_mlp_biases(model: nn.Module, arch: ArchSpec) -> None:
         for name in (facts.gate, facts.up, facts.down):
             linear = layer.get_submodule(name)
             if linear.bias is None:
-                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+                # a layer on disk has its weights on the meta device; what is added to it stays in memory
+                device = model.get_input_embeddings().weight.device if linear.weight.is_meta else linear.weight.device
+                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=device)
                 linear.bias = nn.Parameter(zeros, requires_grad=False)

@@ -13,6 +13,7 @@ from torch import nn
 from llm_streamline.arch import get_layers, silence, silence_attention, silence_mlp
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.layer_config import text_config
+from llm_streamline.offload import weights_in_memory
 from llm_streamline.packed import is_packed, plain_copy
 from llm_streamline.replacements.base import Replacement, copy_weights
 from llm_streamline.replacements.layer import LayerReplacement, SilencedLayerReplacement
@@ -99,12 +100,17 @@ def _average(replacement: Replacement, model: nn.Module) -> None:
     span = [get_layers(model)[i] for i in range(replacement.edit.start, replacement.edit.stop)]
     groups = _split(span, len(replacement.layers))
     for layer, group in zip(replacement.layers, groups, strict=True):
-        members = [plain_copy(member) if is_packed(member) else member for member in group]
-        parameters = [dict(member.named_parameters()) for member in members]
-        for name, parameter in layer.named_parameters():
-            if isinstance(replacement, SilencedLayerReplacement) and not parameter.requires_grad:
-                continue
-            parameter.copy_(torch.stack([p[name].float() for p in parameters]).mean(dim=0))
+        averaged = {
+            name: parameter
+            for name, parameter in layer.named_parameters()
+            if parameter.requires_grad or not isinstance(replacement, SilencedLayerReplacement)
+        }
+        for place, member in enumerate(group):  # one at a time: they may come from disk
+            with weights_in_memory(member):
+                weights = dict((plain_copy(member) if is_packed(member) else member).named_parameters())
+                for name, parameter in averaged.items():
+                    share = weights[name].float() / len(group)
+                    parameter.copy_(share) if place == 0 else parameter.add_(share)
 
 
 def _randomise(replacement: Replacement, model: nn.Module, seed: int) -> None:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 
 from llm_streamline import ranks
 from llm_streamline.config import ReplacementConfig, TrainingConfig
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ArchitectureError
-from llm_streamline.files import saving, sha256_of, write_bytes, write_json
+from llm_streamline.files import saving, sha256_of, write_json, write_tensors
 from llm_streamline.logs import get_logger
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
@@ -90,7 +90,7 @@ def keep_start(folder: Path, replacements: list[Replacement], trials: dict[str, 
     """Keep a start, which may have taken long to find, for a run that goes on."""
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    path = write_bytes(folder / _START_FILE, save(nn.ModuleList(replacements).state_dict()))
+    path = write_tensors(folder / _START_FILE, nn.ModuleList(replacements).state_dict())
     write_json(folder / _TRIALS_FILE, {"trials": trials, "sha256": sha256_of(path)})
 
 
@@ -120,32 +120,42 @@ def _best(
     """Try every start, keep the one with the lowest held-out LM loss in place, and return all losses."""
     replacement = replacements[index]
     losses: dict[str, float] = {}
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    fresh = copy.deepcopy(replacement.state_dict())
+    fresh = copy.deepcopy(replacement.state_dict())  # the only copy: a start is made anew rather than kept
 
     def judge(name: str) -> None:
         losses[name] = _heldout_loss(model, plan, replacements, validation, settings)
-        states[name] = copy.deepcopy(replacement.state_dict())
         log.info("start %s: held-out LM loss %.4f", name, losses[name])
 
-    for name in available_starts(replacement, model):
+    def go_back_to(name: str | None) -> None:
         replacement.load_state_dict(fresh)
-        set_start(replacement, model, name, settings.seed)
+        if name is not None:
+            set_start(replacement, model, name, settings.seed)
+
+    for name in available_starts(replacement, model):
+        go_back_to(name)
         judge(name)
     copies = [name for name in losses if name not in ("identity", "random")]
     base = min(copies, key=losses.__getitem__) if copies else None
-    for name in fitted_starts(replacement):
-        if name == "cosine":
-            continue  # needs many times the tokens of all others
-        replacement.load_state_dict(states[base] if base else fresh)
+    kept: tuple[str, dict[str, torch.Tensor]] | None = None
+    fits = [name for name in fitted_starts(replacement) if name != "cosine"]  # needs many times the others' tokens
+    for name in fits:
+        go_back_to(base)
         try:
             if base is None:
                 _base_for_closed_form(replacement, model, settings.seed)
             _fit(model, plan, replacements, index, name, windows, settings)
-            judge(f"{name} on {base}" if base else name)
         except ArchitectureError as problem:
             log.info("%s", problem)
-    replacement.load_state_dict(states[min(losses, key=losses.__getitem__)])
+            continue
+        name = f"{name} on {base}" if base else name
+        judge(name)
+        if losses[name] == min(losses.values()):  # a fit takes too long to be made anew
+            kept = name, copy.deepcopy(replacement.state_dict()) if len(fits) > 1 else replacement.state_dict()
+    best = min(losses, key=losses.__getitem__)
+    if kept is not None and kept[0] == best:
+        replacement.load_state_dict(kept[1])
+    else:
+        go_back_to(best)
     return losses
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_streamline.files import saving, write_json
+from llm_streamline.files import saving, write_json, write_tensors
 from llm_streamline.logs import Bar, get_logger
 from llm_streamline.training.checkpoints import link_or_copy
 from llm_streamline.training.student import Student
@@ -26,8 +26,8 @@ class History(TrainerCallback):
     replacement that training made worse is never handed over.
     """
 
-    def __init__(self, student: Student, tokens_per_step: int, patience: int, bar: Bar):
-        self._student, self._patience, self._bar = student, patience, bar
+    def __init__(self, student: Student, folder: Path, tokens_per_step: int, patience: int, bar: Bar):
+        self._student, self._folder, self._patience, self._bar = student, folder, patience, bar
         self._tokens_per_step = tokens_per_step
         self._best_file: Path | None = None  # where the best state lies on the disk already
         self._started, self._before = time.perf_counter(), 0.0
@@ -113,9 +113,7 @@ class History(TrainerCallback):
         self.validation.append({"step": step, "tokens": tokens, "loss": metrics["eval_loss"], "lm_loss": value})
         log.info("step %d: validation loss %.4f, LM loss %.4f", step, metrics["eval_loss"], value)
         if value < best_before:
-            # a deep copy: references to live tensors would follow the training (specifications D6)
-            self.best = {name: p.detach().cpu().clone() for name, p in self._student.state_dict().items()}
-            self._best_file = None
+            self._keep_best(in_file=args.world_size == 1)
         if self.gives_up:
             log.info(
                 "no gain in %d validations: training stops, the state of step %d is kept",
@@ -123,6 +121,21 @@ class History(TrainerCallback):
                 self.best_step,
             )
             control.should_training_stop = True
+
+    def _keep_best(self, in_file: bool) -> None:
+        """Copy the student's state, because live tensors would follow the training (specifications D6).
+
+        One process alone copies it to a file and maps that, which takes no memory; several would write the same one.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        if not in_file:
+            self._best_file = None
+            self.best = {name: p.detach().cpu().clone() for name, p in self._student.state_dict().items()}
+            return
+        path = write_tensors(self._folder / _BEST_FILE, self._student.state_dict())
+        self._best_file, self.best = path, load_file(path)
 
     def to_dict(self) -> dict[str, Any]:
         """The log, as it goes into training.json."""

@@ -85,12 +85,20 @@ class Student(nn.Module):
         """Whether the objective looks at predictions; otherwise the forward ends with the last span."""
         return bool({"lm", "kl"} & self._config.objective.keys())
 
-    def forward(self, input_ids: Tensor, with_token_losses: bool = False) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        with_token_losses: bool = False,
+        input: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Compute the training loss of a batch.
 
         Args:
             input_ids: (B, T).
             with_token_losses: also return `token_losses` (B, T - 1), the next-token losses in nats, for a validation.
+            input: (B, T, d) the original's state at `resume_at`, and
+            targets: (B, S, T, d) at the end of each span, from a cache; None: the original is run (`states.py`).
 
         Returns:
             `loss`, the weighted sum, and each part by name, detached.
@@ -99,9 +107,12 @@ class Student(nn.Module):
         weights, outs = self._config.objective, [r.out for r in self.replacements]
         spans = [r.edit for r in self.replacements] if "mse" in weights else []
         wanted = {self.resume_at, *(edit.stop for edit in spans), *self._states.values()}
-        with torch.no_grad():
-            stop = None if "kl" in weights else max(wanted)
-            states, teacher_logits = run_tapped(self._model[0], inputs, wanted, stop)
+        if input is not None:
+            states = {edit.stop: targets[:, number] for number, edit in enumerate(spans)} | {self.resume_at: input}
+        else:
+            with torch.no_grad():
+                stop = None if "kl" in weights else max(wanted)
+                states, teacher_logits = run_tapped(self._model[0], inputs, wanted, stop)
         with self._arithmetic(input_ids.device):
             compared = {*(outs if "mse" in weights else ()), *self._states}
             stop = None if self.needs_logits or with_token_losses else max(compared)

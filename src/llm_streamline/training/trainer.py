@@ -6,6 +6,7 @@ kept as a deep copy with the untrained start as a candidate, and checkpoints tha
 """
 
 import contextlib
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llm_streamline.logs import get_logger, progress_bar
 from llm_streamline.memory_limits import BatchTooLarge, free_memory, no_room_for
 from llm_streamline.training.checkpoints import Safety, is_sound, keep_newest, last_checkpoint, seal, step_of
 from llm_streamline.training.history import History
+from llm_streamline.training.states import CachedStates
 from llm_streamline.training.student import Student
 
 log = get_logger()
@@ -32,8 +34,8 @@ log = get_logger()
 class WindowDataset(Dataset):
     """Windows as the Trainer wants them. A training set shorter than its budget is repeated from its start."""
 
-    def __init__(self, windows: Windows, num_windows: int | None = None):
-        self._windows = windows
+    def __init__(self, windows: Windows, num_windows: int | None = None, states: CachedStates | None = None):
+        self._windows, self._states = windows, states
         self._length = len(windows) if num_windows is None else num_windows
 
     def __len__(self) -> int:
@@ -42,7 +44,21 @@ class WindowDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if index >= self._length:
             raise IndexError(index)
-        return {"input_ids": torch.as_tensor(self._windows.input_ids[index % len(self._windows)])}
+        index %= len(self._windows)
+        states = self._states[index] if self._states is not None else {}
+        return {"input_ids": torch.as_tensor(self._windows.input_ids[index]), **states}
+
+
+def num_steps(config: TrainingConfig, seq_len: int) -> int:
+    """Optimiser steps that the token budget is good for."""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return max(1, config.tokens // (seq_len * batch))
+
+
+def num_windows_seen(config: TrainingConfig, windows: Windows) -> int:
+    """Different windows that a training will come to: the first ones of the set."""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return min(len(windows), num_steps(config, windows.seq_len) * batch)
 
 
 class StreamlineTrainer(Trainer):
@@ -160,7 +176,13 @@ class StreamlineTrainer(Trainer):
 
 
 def train_student(
-    student: Student, config: TrainingConfig, windows: Windows, validation: Windows, folder: Path, seed: int
+    student: Student,
+    config: TrainingConfig,
+    windows: Windows,
+    validation: Windows,
+    folder: Path,
+    seed: int,
+    states: CachedStates | None = None,
 ) -> dict[str, Any]:
     """Train, keep the best state in the student, and return the log.
 
@@ -174,6 +196,7 @@ def train_student(
         validation: windows whose LM loss decides which state is kept.
         folder: checkpoints; a run that was killed goes on from what it finds here.
         seed: order of the windows.
+        states: the original's states on the training windows; None: computed in every step.
 
     Raises:
         ConfigError: if `config.arguments` holds something that TrainingArguments does not know.
@@ -186,7 +209,7 @@ def train_student(
     while True:
         try:
             with interrupt.held_back():
-                return _train(student, config, windows, validation, folder, seed)
+                return _train(student, config, windows, validation, folder, seed, states)
         except BatchTooLarge as problem:
             config = _with_smaller_batch(config, str(problem))
         free_memory()
@@ -214,26 +237,32 @@ def _with_smaller_batch(config: TrainingConfig, problem: str) -> TrainingConfig:
 
 
 def _train(
-    student: Student, config: TrainingConfig, windows: Windows, validation: Windows, folder: Path, seed: int
+    student: Student,
+    config: TrainingConfig,
+    windows: Windows,
+    validation: Windows,
+    folder: Path,
+    seed: int,
+    states: CachedStates | None,
 ) -> dict[str, Any]:
     shared = share_step(config, ranks.world_size())
     batch = shared.per_device_train_batch_size * shared.gradient_accumulation_steps * ranks.world_size()
     seq_len = windows.input_ids.shape[1]
-    num_steps = max(1, config.tokens // (seq_len * batch))
-    eval_every = max(1, num_steps // config.num_evals) if config.num_evals else num_steps
-    arguments = training_arguments(shared, num_steps, eval_every, folder, seed, student_device(student))
+    steps = max(1, config.tokens // (seq_len * batch))
+    eval_every = max(1, steps // config.num_evals) if config.num_evals else steps
+    arguments = training_arguments(shared, steps, eval_every, folder, seed, student_device(student))
     arguments.per_device_eval_batch_size = config.per_device_train_batch_size  # as alone: the same sums
     ranks.same_tensors(student.state_dict().values())
     rows = max(1, min(len(validation), config.validation_tokens // validation.input_ids.shape[1]))
-    with progress_bar("training", num_steps) as bar:
-        history = History(student, seq_len * batch, config.early_stopping_patience, bar)
+    with progress_bar("training", steps) as bar:
+        history = History(student, folder, seq_len * batch, config.early_stopping_patience, bar)
         trainer = StreamlineTrainer(
             history,
             model=student,
             args=arguments,
-            train_dataset=WindowDataset(windows, num_steps * batch),
+            train_dataset=WindowDataset(windows, steps * batch, states),
             eval_dataset=WindowDataset(validation, rows),
-            data_collator=lambda items: {"input_ids": torch.stack([item["input_ids"] for item in items])},
+            data_collator=lambda items: {name: torch.stack([item[name] for item in items]) for name in items[0]},
         )
         for callback in _unwanted_callbacks(trainer):
             trainer.remove_callback(callback)
@@ -242,7 +271,7 @@ def _train(
             trainer.evaluate()  # step 0 is a candidate
         else:
             step = step_of(checkpoint)
-            log.info("going on from the checkpoint at step %d of %d", step, num_steps)
+            log.info("going on from the checkpoint at step %d of %d", step, steps)
             trainer.safety.resumed_loss = history.load(checkpoint)
             bar.advance(step)
             trainer.state.global_step = step
@@ -260,16 +289,20 @@ def _train(
             pass
         if not history.has_validated(trainer.state.global_step):
             trainer.evaluate()
+    steps_done = trainer.state.global_step
     student.load_state_dict(history.best)
+    student.zero_grad(set_to_none=True)  # a second copy of the weights that nobody needs from here on
+    del trainer
+    gc.collect()  # the optimiser's moments hang on in cycles of callbacks
     done = history.to_dict()
-    tokens = trainer.state.global_step * seq_len * batch
+    tokens = steps_done * seq_len * batch
     return {
         **done,
         "objective": dict(config.objective),
         "trainable": config.trainable,
         "best_step": history.best_step,
         "tokens": tokens,
-        "passes": round(trainer.state.global_step * batch / len(windows), 3),
+        "passes": round(steps_done * batch / len(windows), 3),
         "tokens_per_second": round(tokens / max(done["seconds"], 1e-9), 1),
         "windows_at_once": config.per_device_train_batch_size,
         "trainable_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),

@@ -1,0 +1,270 @@
+"""Peak memory and speed of runs within a limit, on a checkpoint of random weights that this script makes.
+
+    python benchmarks/memory.py [--shape 7b] [--folder DIR] [--parts analyze,compress,save,pass,tokens] [--keep]
+
+* analyze: 4k tokens within a limit of 3 GiB (7b): peak of anonymous memory, page cache excluded.
+* compress: a quarter of the layers, 2k training tokens, MSE, within 6 GiB, evaluation and proof included.
+* save: removing the same layers from the checkpoint, saving and proving it.
+* pass: the time of a streamed pass, by the longer of reading the layers once for each batch and computing it with all
+  layers in memory.
+* tokens: the demo model with 50k and with 1M training tokens: the windows are made and mapped, then steps are taken on
+  batches drawn evenly from all of them. Not the whole training: what could grow with the tokens is all there.
+
+A part that misses its target makes the exit code 1. Peaks are sampled 50 times a second over all processes of a run.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peak import watch
+from shapes import SHAPES, make_checkpoint
+
+GIB = 2**30
+PARTS = ("analyze", "compress", "save", "pass", "tokens")
+LIMITS = {"7b": ("3GiB", "6GiB"), "1.3b": ("1536MiB", "3GiB"), "0.3b": ("1GiB", "1536MiB"), "0.05b": ("1GiB", "1GiB")}
+SEQ_LEN = 512
+_SAVE_TARGET = 1 * GIB
+_OVER_LIMIT = 1.1  # measured peak by limit
+_PASS_TARGET = 1.3
+_TOKENS_TARGET = 1.05
+_STEPS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="0.3b")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint and the runs go; default: a temporary folder")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens of `analyze`")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoint and the runs")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(_CHILDREN[arguments.child[0]](*arguments.child[1:])))
+        return
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="llm-streamline-memory-"))
+    parts = arguments.parts.split(",")
+    result = {"date": datetime.now(UTC).date().isoformat(), "shape": arguments.shape, "parts": {}}
+    try:
+        if set(parts) - {"tokens"} and not (folder / "model" / "config.json").is_file():
+            started = time.perf_counter()
+            result["checkpoint_bytes"] = make_checkpoint(folder / "model", arguments.shape)
+            print(f"checkpoint: {result['checkpoint_bytes'] / 1e9:.1f} GB in {time.perf_counter() - started:.0f} s")
+        for part in parts:
+            found = _RUNS[part](folder, arguments.shape, arguments.tokens)
+            result["parts"][part] = found
+            print(part, json.dumps(found), flush=True)
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    from llm_streamline.runtime import versions
+
+    _write({**result, "machine": versions()})
+    if not all(found["ok"] for found in result["parts"].values()):
+        sys.exit(1)
+
+
+# --- parts
+
+
+def analyze(folder: Path, shape: str, tokens: int) -> dict:
+    limit = LIMITS[shape][0]
+    run = _cli(folder, "analyze", "analyze", folder / "model", "--calibration-tokens", tokens, "--max-memory", limit)
+    return _within(run, limit)
+
+
+def compress(folder: Path, shape: str, _tokens: int) -> dict:
+    limit, layers = LIMITS[shape][1], SHAPES[shape]["num_hidden_layers"]
+    recipe = f"""
+    text: {{seq_len: {SEQ_LEN}}}
+    target: {{layers: {layers // 4}}}
+    calibration: {{tokens: 1024}}
+    selection: {{verify: 2, verify_tokens: 512}}
+    replacement: {{fit_tokens: 1024}}
+    training: {{tokens: 2048, objective: mse, num_evals: 1, validation_tokens: 512, per_device_train_batch_size: 2}}
+    evaluation: {{tokens: 1024, limit: 8, max_new_tokens: 4, samples: 0, bootstrap: 0}}
+    """
+    (folder / "recipe.yaml").write_text("\n".join(line.strip() for line in recipe.splitlines()))
+    options = ("--recipe", folder / "recipe.yaml", "--max-memory", limit)
+    return _within(_cli(folder, "compress", "compress", folder / "model", *options), limit)
+
+
+def save(folder: Path, shape: str, _tokens: int) -> dict:
+    from llm_streamline import pipeline
+    from llm_streamline.plan import ModelFacts, Plan, Remove
+    from llm_streamline.sources import load_config, load_skeleton, resolve_model
+
+    source = resolve_model(folder / "model")
+    config, layers = load_config(source), SHAPES[shape]["num_hidden_layers"]
+    facts = ModelFacts(
+        spec=source.spec,
+        fingerprint=source.fingerprint,
+        model_type=config.model_type,
+        num_layers=layers,
+        hidden_size=config.hidden_size,
+        num_parameters=sum(p.numel() for p in load_skeleton(source).parameters()),
+    )
+    start = layers // 2
+    plan = Plan(model=facts, edits=(Remove(start=start, stop=start + layers // 4),))
+    (folder / "plan.json").write_text(plan.to_json())
+    assert pipeline.Plan.load(folder / "plan.json") == plan
+    run = _cli(folder, "save", "apply", folder / "plan.json", folder / "model", "--max-memory", LIMITS[shape][1])
+    return {**run, "target_bytes": _SAVE_TARGET, "ok": run["returncode"] == 0 and run["peak_bytes"] <= _SAVE_TARGET}
+
+
+def streamed_pass(folder: Path, shape: str, tokens: int) -> dict:
+    limit = LIMITS[shape][0]
+    found = {
+        mode: _child(folder, f"pass-{mode}", "pass", folder / "model", mode, tokens, limit)
+        for mode in ("streamed", "whole")
+    }
+    streamed, whole = found["streamed"], found["whole"]
+    reading = streamed["batches"] * streamed["read_seconds"]
+    ratio = streamed["seconds"] / max(reading, whole["seconds"])
+    return {
+        "seconds": streamed["seconds"],
+        "reading_seconds": reading,
+        "computing_seconds": whole["seconds"],
+        "ratio": ratio,
+        "target": _PASS_TARGET,
+        "ok": ratio <= _PASS_TARGET,
+    }
+
+
+def tokens_seen(folder: Path, _shape: str, _tokens: int) -> dict:
+    peaks = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for count in (50_000, 1_000_000):
+        command = [sys.executable, __file__, "--child", "tokens", str(folder / f"windows-{count}"), str(count)]
+        run = watch(command, folder / f"tokens-{count}.log")
+        if run.returncode:
+            raise SystemExit(run.output[-2000:])
+        peaks[count] = run.peak_bytes
+    ratio = peaks[1_000_000] / peaks[50_000]
+    return {"peak_bytes": peaks, "ratio": ratio, "target": _TOKENS_TARGET, "ok": ratio <= _TOKENS_TARGET}
+
+
+def _cli(folder: Path, name: str, command: str, *options: object) -> dict:
+    out = folder / f"out-{name}"
+    shutil.rmtree(out, ignore_errors=True)
+    start = [sys.executable, "-m", "llm_streamline.cli", "-v", command]
+    length = ("--seq-len", SEQ_LEN) if command == "analyze" else ()
+    run = watch([*start, *map(str, (*options, *length, "-o", out))], folder / f"{name}.log")
+    if run.returncode:
+        print(run.output[-3000:], file=sys.stderr)
+    said = " ".join(line.partition("INFO")[2].strip() or line.strip() for line in run.output.splitlines())
+    forecast = said[said.find("within ") : said.find(")", said.find("within ")) + 1] if "within " in said else None
+    return {
+        "returncode": run.returncode,
+        "peak_bytes": run.peak_bytes,
+        "seconds": round(run.seconds, 1),
+        "forecast": forecast,
+    }
+
+
+def _within(run: dict, limit: str) -> dict:
+    from llm_streamline.sizes import parse_size
+
+    target = round(_OVER_LIMIT * parse_size(limit))
+    return {**run, "limit": limit, "target_bytes": target, "ok": run["returncode"] == 0 and run["peak_bytes"] <= target}
+
+
+def _child(folder: Path, name: str, *arguments: object) -> dict:
+    run = watch([sys.executable, __file__, "--child", *map(str, arguments)], folder / f"{name}.log")
+    if run.returncode:
+        raise SystemExit(run.output[-2000:])
+    return json.loads(run.output.strip().splitlines()[-1])
+
+
+# --- in processes of their own
+
+
+def _pass_child(model: str, mode: str, tokens: str, limit: str) -> dict:
+    """One pass over random tokens, with the layers on disk or in memory; a first pass over one window warms up."""
+    import torch
+
+    from llm_streamline.budget import fit
+    from llm_streamline.config import load_recipe
+    from llm_streamline.data.windows import Windows
+    from llm_streamline.forecast import measure_rates
+    from llm_streamline.measure.stats import CosineStats
+    from llm_streamline.measure.stream import observe
+    from llm_streamline.sources import load_model, resolve_model
+
+    source = resolve_model(model)
+    wish = {"max_memory": limit, "text.seq_len": SEQ_LEN, "calibration.tokens": tokens}
+    fitted = fit(source, load_recipe(None, wish), ("measure",))
+    loaded = load_model(source, with_tokenizer=False, layers_on_disk=mode == "streamed")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 4000, (int(tokens) // SEQ_LEN, SEQ_LEN), generator=generator, dtype=torch.int32)
+    batch = fitted.recipe.calibration.batch_tokens
+    if mode == "whole":  # all pages are touched once, so that computing is all that is timed
+        for parameter in loaded.model.parameters():
+            parameter.data = parameter.data.clone()
+    num_layers = fitted.model.num_layers
+    seconds = observe(loaded.model, Windows(input_ids=ids), CosineStats(num_layers), batch, "pass")
+    per_batch = max(1, batch // SEQ_LEN)
+    reading = num_layers * fitted.model.layer / measure_rates(loaded).read_bytes_per_second
+    return {"seconds": seconds, "batches": -(-len(ids) // per_batch), "read_seconds": reading}
+
+
+def _tokens_child(folder: str, tokens: str) -> dict:
+    """Windows for so many tokens, then a few steps on batches from all over them."""
+    import torch
+
+    from llm_streamline import stages
+    from llm_streamline.config import load_recipe
+    from llm_streamline.plan import Network, Plan, Replace
+    from llm_streamline.replacements.build import build_replacements
+    from llm_streamline.sources import resolve_model
+    from llm_streamline.training.student import Student
+
+    recipe = load_recipe(None, {"training.tokens": tokens, "training.objective": "mse"})
+    loaded = stages.load_original(resolve_model("demo"), recipe)
+    windows = stages.make_windows(loaded, recipe, ("train",), Path(folder))["train"]
+    edit = Replace(start=12, stop=19, network=Network(kind="layer"), templates=(12,))
+    plan = Plan(model=stages.model_facts(loaded), edits=(edit,))
+    student = Student(loaded.model, plan, build_replacements(loaded.model, plan), recipe.training)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    batch = recipe.training.per_device_train_batch_size
+    for step in range(_STEPS):
+        first = step * (len(windows) - batch) // (_STEPS - 1)
+        student(torch.as_tensor(windows.input_ids[first : first + batch]))["loss"].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return {"windows": len(windows)}
+
+
+_RUNS = {"analyze": analyze, "compress": compress, "save": save, "pass": streamed_pass, "tokens": tokens_seen}
+_CHILDREN = {"pass": _pass_child, "tokens": _tokens_child}
+
+
+# --- results
+
+
+def _write(result: dict) -> None:
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    name = "memory" if result["shape"] == "7b" else f"memory-{result['shape']}"
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    rows = [f"# Memory: a {result['shape']} checkpoint of random weights, {result['date']}", ""]
+    rows += ["| part | measured | target | time | forecast |", "|---|---|---|---|---|"]
+    for part, found in result["parts"].items():
+        if "target_bytes" in found:
+            measured, target = f"{found['peak_bytes'] / GIB:.2f} GiB", f"{found['target_bytes'] / GIB:.2f} GiB"
+        else:
+            measured, target = f"ratio {found['ratio']:.3f}", f"{found['target']}"
+        verdict = "" if found["ok"] else " (missed)"
+        forecast = found.get("forecast") or ""
+        rows.append(f"| {part} | {measured}{verdict} | {target} | {found.get('seconds', '')} s | {forecast} |")
+    (folder / f"{name}.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What a run within a limit of memory will take, said before the slow work: peak by arithmetic, time by a measurement.
+
+The unit of time is one decoder layer's forward over one token, measured here on two layers. A pass whose layers come
+from disk takes the longer of reading and computing, because the next layer is fetched while one runs.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from llm_streamline.budget import Fit
+from llm_streamline.config import Recipe
+from llm_streamline.logs import get_logger
+from llm_streamline.measure.partial import run_tapped
+from llm_streamline.sizes import as_size
+from llm_streamline.sources import LoadedModel, model_folder
+from llm_streamline.weights import read_weights
+
+_PROBE_TOKENS = 256
+_PROBE_LAYERS = 2
+_READ_BYTES = 256 * 2**20
+_START_TRIALS = 4  # starts that `best` compares, as a rule
+_TRIAL_TOKENS = 4_096
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast this machine is on this model."""
+
+    layer_seconds: float  # one layer's forward over one token
+    read_bytes_per_second: float
+
+
+@torch.inference_mode()
+def measure_rates(loaded: LoadedModel) -> Rates:
+    """Time two layers over one short window, and a read of part of the weight files past the page cache."""
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=loaded.device)
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        states, _ = run_tapped(loaded.model, {"input_ids": ids}, stop=_PROBE_LAYERS)
+        float(states[_PROBE_LAYERS].flatten()[0])  # waits for an accelerator
+        times.append(time.perf_counter() - started)
+    return Rates(min(times) / (_PROBE_LAYERS * _PROBE_TOKENS), _read_rate(loaded))
+
+
+def _read_rate(loaded: LoadedModel) -> float:
+    path = max(read_weights(model_folder(loaded.source)).files, key=lambda file: file.stat().st_size)
+    size = min(_READ_BYTES, path.stat().st_size)
+    buffer = memoryview(bytearray(8 * 2**20))
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        started, done = time.perf_counter(), 0
+        while done < size and (count := file.readinto(buffer)):
+            done += count
+    return done / max(time.perf_counter() - started, 1e-9)
+
+
+def pass_seconds(fit: Fit, rates: Rates, num_tokens: int, num_layers: float, batch_tokens: int) -> float:
+    """Time of a pass of `num_tokens` through `num_layers` layers, in batches."""
+    batches = max(1, -(-num_tokens // batch_tokens))
+    reading = batches * fit.model.layer / rates.read_bytes_per_second if fit.layers_on_disk else 0.0
+    return num_layers * max(reading, num_tokens * rates.layer_seconds)
+
+
+def stage_seconds(fit: Fit, rates: Rates, recipe: Recipe, stages: tuple[str, ...]) -> dict[str, float]:
+    """Expected wall time of each of the stages, saving and proving not included."""
+    model, batch = fit.model, recipe.calibration.batch_tokens
+    head = model.vocabulary * model.width / model.layer_parameters
+    network = recipe.replacement.network()
+    removed = recipe.target.layers or max(1, model.num_layers // 4)
+    if recipe.selection.span:
+        start, stop = recipe.selection.span
+    else:
+        start = (model.num_layers - removed) // 2
+        stop = start + removed + (network.num_layers_added if network else 0)
+    trained = network.num_layers_added if network else 0
+    above = model.num_layers - stop
+    found: dict[str, float] = {}
+
+    def take(stage: str, num_tokens: int, num_layers: float, batch_tokens: int = batch) -> None:
+        if stage in stages:
+            found[stage] = found.get(stage, 0.0) + pass_seconds(fit, rates, num_tokens, num_layers, batch_tokens)
+
+    take("measure", recipe.calibration.tokens, model.num_layers)
+    if recipe.selection.verify and not recipe.selection.span:
+        each = recipe.selection.verify * (above + trained + head)
+        take("verify", recipe.selection.verify_tokens, model.num_layers + head + each)
+    training = recipe.training
+    micro = training.per_device_train_batch_size * recipe.text.seq_len
+    if network and recipe.replacement.init == "best":
+        tokens = min(_TRIAL_TOKENS, max(training.validation_tokens, recipe.selection.verify_tokens))
+        take("start", tokens, _START_TRIALS * (start + trained + above + head))
+    if network and recipe.replacement.init in ("best", "closed_form"):
+        take("start", recipe.replacement.fit_tokens, stop + trained)
+        moments = model.mlp_width**2 + model.mlp_width * model.width
+        take("start", recipe.replacement.fit_tokens, moments / model.layer_parameters)
+    if network and training.tokens:
+        logits = bool({"lm", "kl"} & training.objective.keys())
+        teacher = (
+            model.num_layers + head if "kl" in training.objective else stop if "mse" in training.objective else start
+        )
+        step = teacher + 3 * max(trained, 0.1) + (2 * (above + head) if logits else 0)
+        take("train", training.tokens, step, micro)
+        check = teacher + start + trained + above + head
+        take("train", (training.num_evals + 1) * training.validation_tokens, check, micro)
+    if recipe.evaluation.tokens:
+        take(
+            "evaluate",
+            recipe.evaluation.tokens,
+            2 * (model.num_layers + head) - removed,
+            recipe.evaluation.batch_tokens,
+        )
+    return found
+
+
+def announce(loaded: LoadedModel, fit: Fit, stages: tuple[str, ...]) -> dict[str, float]:
+    """Say what the run will take: limit, peak, time of each stage. Returns the seconds by stage."""
+    rates = measure_rates(loaded)
+    seconds = stage_seconds(fit, rates, fit.recipe, stages)
+    parts = [
+        f"{stage} {as_size(fit.peaks[stage])}, {_duration(seconds[stage])}" for stage in stages if stage in seconds
+    ]
+    log.info(
+        "within %s: peak about %s of own memory, %d tokens at once, %s (%s)",
+        as_size(fit.limit),
+        as_size(fit.peak),
+        fit.recipe.calibration.batch_tokens,
+        "layers stay on disk" if fit.layers_on_disk else "all layers in memory",
+        "; ".join(parts),
+    )
+    return seconds
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 600
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
