@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llm_streamline.config import load_recipe
+from llm_streamline.errors import ProofError
 from llm_streamline.pipeline import compress
 from llm_streamline.runtime import versions
 
@@ -46,7 +47,10 @@ def _one_run(arguments: argparse.Namespace, name: str, seed: int) -> dict:
         "evaluation.speed": False,
     }
     recipe = load_recipe(HERE.parent / "recipes" / RECIPES[name], overrides)
-    outcome = compress(arguments.model, Path(arguments.work) / f"{name}-{seed}", recipe)
+    try:
+        outcome = compress(arguments.model, Path(arguments.work) / f"{name}-{seed}", recipe)
+    except ProofError as problem:  # a result, not an accident: the run's model does not hold what a checkpoint must
+        return {"recipe": name, "seed": seed, "not_sound": str(problem)}
     pair = outcome.results.comparisons[0]
     measured = next(p for p in pair.perplexity if p.name == arguments.evaluate)
     divergence = next(d for d in pair.divergence if d.name == arguments.evaluate)
@@ -73,9 +77,9 @@ def _one_run(arguments: argparse.Namespace, name: str, seed: int) -> dict:
 def _write(arguments: argparse.Namespace, rows: list[dict]) -> None:
     found = {}
     for name in arguments.recipes:
-        ratios = [row["ratio"] for row in rows if row["recipe"] == name]
+        ratios = [row["ratio"] for row in rows if row["recipe"] == name and "ratio" in row]
         spread = statistics.stdev(ratios) if len(ratios) > 1 else None
-        found[name] = {"mean_ratio": statistics.mean(ratios), "stdev": spread, "ratios": ratios}
+        found[name] = {"mean_ratio": statistics.mean(ratios) if ratios else None, "stdev": spread, "ratios": ratios}
     record = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": versions(),
@@ -108,9 +112,13 @@ def _write(arguments: argparse.Namespace, rows: list[dict]) -> None:
         f"| {r['recipe']} | {r['seed']} | {r['span']} | {r['perplexity']:.2f} | {r['ratio']:.3f} | {r['kl']:.3f} "
         f"| {r['training_seconds']:.0f} |"
         for r in rows
+        if "ratio" in r
     ]
     lines.append("")
+    lines += [f"* {r['recipe']}, seed {r['seed']}: no figure, {r['not_sound']}" for r in rows if "not_sound" in r]
     for name, entry in found.items():
+        if not entry["ratios"]:
+            continue
         spread = "one seed" if entry["stdev"] is None else f"standard deviation {entry['stdev']:.3f} over seeds"
         lines.append(f"* {name}: {entry['mean_ratio']:.3f} x the original's perplexity, {spread}")
     (folder / "quality.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
