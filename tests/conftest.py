@@ -21,3 +21,16 @@ def _quiet_transformers():
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _own_loudness():
+    """Commands called in a test choose how loud the package is, for good; the next test hears it as a library again."""
+    from llm_streamline import logs
+
+    logger, quiet = logs.get_logger(), logs._quiet
+    before = (logger.propagate, logger.level, list(logger.handlers))
+    yield
+    logger.propagate, level, logger.handlers = before
+    logger.setLevel(level)
+    logs._quiet = quiet
