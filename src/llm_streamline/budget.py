@@ -195,6 +195,8 @@ def fit(source: "ModelSource", recipe: Recipe, stages: Sequence[str], base: int 
     evaluation = recipe.evaluation.model_copy(update=changes)
     sized = recipe.model_copy(update={"calibration": calibration, "evaluation": evaluation})
     peaks = {stage: base + model.counted + size for stage, size in beside.items()}
+    if "save" in peaks:
+        peaks["save"] += base + model.counted  # the fresh process that proves the checkpoint
     at_once = _candidates_at_once(model, recipe, room)
     return Fit(limit, sized, layers_on_disk, at_once, peaks, model, base)
 
