@@ -1,5 +1,6 @@
 """What every test needs: no network, one thread, quiet libraries, and `tests/` importable (`from tiny import ...`)."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -25,12 +26,11 @@ def _quiet_transformers():
 
 @pytest.fixture(autouse=True)
 def _own_loudness():
-    """Commands called in a test choose how loud the package is, for good; the next test hears it as a library again."""
+    """Every test hears the package as a library is heard, whatever a command or a shared fixture called before chose."""
     from llm_streamline import logs
 
-    logger, quiet = logs.get_logger(), logs._quiet
-    before = (logger.propagate, logger.level, list(logger.handlers))
-    yield
-    logger.propagate, level, logger.handlers = before
-    logger.setLevel(level)
-    logs._quiet = quiet
+    logger = logs.get_logger()
+    logger.propagate, logger.disabled = True, False
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logs._quiet = True

@@ -121,7 +121,7 @@ def test_sampling_follows_the_models_distribution(writer, monkeypatch):
     monkeypatch.setattr(self_text, "_decode", lambda ids, stops, tokenizer: drawn.append(int(ids[0])) or "")
     monkeypatch.setattr(self_text, "MAX_NEW_TOKENS", 1)
     for _ in range(60):
-        stream._write(generator)
+        stream._write(generator, 16)
     probabilities = model(torch.tensor([[1]])).logits[0, -1, : len(tokenizer)].softmax(-1)
     counts = torch.bincount(torch.tensor(drawn), minlength=len(tokenizer))
     spread = (len(drawn) * probabilities * (1 - probabilities)).sqrt()

@@ -419,10 +419,10 @@ def test_checkpointing_computes_the_layers_again():
     assert counts == [5, 10]
 
 
-def test_a_network_and_the_originals_weights_have_learning_rates_of_their_own():
+def test_a_network_and_the_originals_weights_have_learning_rates_of_their_own(tmp_path):
     model, config = tiny_model(), config_of("norms", learning_rate=1e-3, weight_decay=0.1, num_evals=0)
     student = built(model, replacing(model, *SPAN, init="first"), config)
-    arguments = training_arguments(config, 4, 1, "unused", 0, torch.device("cpu"))
+    arguments = training_arguments(config, 4, 1, str(tmp_path), 0, torch.device("cpu"))
     groups = StreamlineTrainer(model=student, args=arguments).create_optimizer().param_groups
     healed = {id(p) for p in student.healed.parameters()}
     for group in groups:

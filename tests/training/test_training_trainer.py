@@ -106,13 +106,13 @@ def test_the_schedule_counts_optimiser_steps(tmp_path, warmup, lowest, accumulat
     assert rates == pytest.approx([expected(step) for step in range(STEPS)])
 
 
-def test_norms_and_biases_are_never_decayed():
+def test_norms_and_biases_are_never_decayed(tmp_path):
     """Defect D25 of the reference."""
     config = TrainingConfig(**(BASE | {"num_evals": 0}), weight_decay=0.5)
     for kind in ("layer", "ffn"):
         student = student_for(config, "identity", kind)
         device = torch.device("cpu")
-        arguments = training_arguments(config, 3, 1, "unused", 0, device)
+        arguments = training_arguments(config, 3, 1, str(tmp_path), 0, device)
         optimizer = StreamlineTrainer(model=student, args=arguments).create_optimizer()
         decay = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
         assert {p.ndim for p in decay[0.5]} == {2}

@@ -6,6 +6,8 @@ words of the vocabulary.
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +21,7 @@ from llm_streamline.errors import NumericsError, TextError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAMPLES_AT_ONCE = 16
+SAMPLES_AT_ONCE = (4, 8, 16)  # of the first batches and of all that follow: who needs little does not wait for much
 MAX_NEW_TOKENS = 512
 _MAX_EMPTY_BATCHES = 8
 
@@ -52,29 +54,33 @@ class SelfText(TextSource):
         generator = torch.Generator().manual_seed(int(text_hash("self", role, seed)[:15], 16))
         seen: set[str] = set()
         num_empty, number = 0, 0
-        while num_empty < _MAX_EMPTY_BATCHES:
-            batch = [Document.of(text, f"self: {role} {number + i}") for i, text in enumerate(self._write(generator))]
+        for num_samples in chain(SAMPLES_AT_ONCE, repeat(SAMPLES_AT_ONCE[-1])):
+            texts = self._write(generator, num_samples)
+            batch = [Document.of(text, f"self: {role} {number + i}") for i, text in enumerate(texts)]
             number += len(batch)
             fresh = {document.hash for document in batch if not document.is_near_empty} - seen
             num_empty = 0 if fresh else num_empty + 1
             seen |= fresh
+            if num_empty == _MAX_EMPTY_BATCHES:
+                raise TextError(
+                    f"text 'self': the model wrote nothing new in its last {_MAX_EMPTY_BATCHES} batches "
+                    f"(of {number} samples in all); name another text, for example builtin"
+                )
             yield from batch
-        raise TextError(
-            f"text 'self': the model wrote nothing new in {_MAX_EMPTY_BATCHES * SAMPLES_AT_ONCE} samples; "
-            "name another text, for example builtin"
-        )
 
     @torch.inference_mode()
-    def _write(self, generator: torch.Generator) -> list[str]:
+    def _write(self, generator: torch.Generator, num_samples: int) -> list[str]:
         """Sample one batch with the model's cache; all rows have the same length, so no padding is needed."""
+        with _reading_word_by_word(self._model):
+            return self._sample(generator, num_samples)
+
+    def _sample(self, generator: torch.Generator, num_samples: int) -> list[str]:
         model, tokenizer = self._model, self._tokenizer
-        was_training = model.training
-        model.eval()
         last_id = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])  # rows beyond are padding
-        ids_BT = _starts(tokenizer, generator, last_id)
+        ids_BT = _starts(tokenizer, generator, num_samples, last_id)
         num_start = ids_BT.shape[1]
         stops = _stop_ids(model, tokenizer)
-        done_B = torch.zeros(SAMPLES_AT_ONCE, dtype=torch.bool)
+        done_B = torch.zeros(num_samples, dtype=torch.bool)
         inputs, cache = ids_BT, None
         for _ in range(_max_new_tokens(model, num_start)):
             output = model(inputs.to(model.device), past_key_values=cache, use_cache=True)
@@ -90,18 +96,34 @@ class SelfText(TextSource):
             if done_B.all():
                 break
             inputs = next_B if cache is not None else ids_BT  # a model without a cache reads everything again
-        model.train(was_training)
         return [_decode(row, stops, tokenizer) for row in ids_BT[:, num_start:]]
 
 
-def _starts(tokenizer: "PreTrainedTokenizerBase", generator: torch.Generator, vocab_size: int) -> torch.Tensor:
+@contextmanager
+def _reading_word_by_word(model: "PreTrainedModel") -> Iterator[None]:
+    """Eval mode, and plain attention on CPU: in bfloat16 torch's fused kernel takes 1.5 times as long for one query."""
+    was_training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    if eager := model.device.type == "cpu" and attention == "sdpa":
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if eager:
+            model.set_attn_implementation(attention)
+        model.train(was_training)
+
+
+def _starts(
+    tokenizer: "PreTrainedTokenizerBase", generator: torch.Generator, num_samples: int, vocab_size: int
+) -> torch.Tensor:
     """(B, start) int64: what stands before a document; a random token where the tokenizer has neither BOS nor EOS."""
     ids = Boundaries.of(tokenizer).before
     if not ids:
         ids = next(((i,) for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), ())
     if not ids:
-        return torch.randint(vocab_size, (SAMPLES_AT_ONCE, 1), generator=generator)
-    return torch.tensor([ids] * SAMPLES_AT_ONCE)
+        return torch.randint(vocab_size, (num_samples, 1), generator=generator)
+    return torch.tensor([ids] * num_samples)
 
 
 def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
