@@ -26,7 +26,7 @@ def _quiet_transformers():
 
 @pytest.fixture(autouse=True)
 def _own_loudness():
-    """Every test hears the package as a library is heard, whatever a command or a shared fixture called before chose."""
+    """Every test hears the package as a library is heard, whatever a command or a shared fixture chose before."""
     from llm_streamline import logs
 
     logger = logs.get_logger()

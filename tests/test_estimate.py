@@ -80,8 +80,9 @@ def test_memory_does_not_grow_with_tokens():
 
 def test_the_ladder_costs_more_the_more_it_trains():
     model, plan = tiny_model(), removing(tiny_model(), 5, 7)
-    said = {rung: preview(model, plan, trainable=rung) for rung in ("head", "norms", "lora", "full")}
+    said = {rung: preview(model, plan, trainable=rung) for rung in ("head", "above", "norms", "lora", "full")}
     flops = {rung: one.train_flops for rung, one in said.items()}
+    assert flops["above"] < flops["full"]
     assert flops["head"] < flops["norms"] == flops["lora"] < flops["full"]
     assert said["full"].peak_memory_bytes > said["head"].peak_memory_bytes
     checkpointed = preview(model, plan, trainable="full", gradient_checkpointing=True)

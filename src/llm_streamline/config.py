@@ -28,7 +28,7 @@ from llm_streamline.sizes import parse_size
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPLACEMENTS = ("none", "layer", "ffn", "swiglu", "linear", "patch", "bias", "scale")
 OBJECTIVES = ("mse", "hidden", "lm", "kl")
-RUNGS = ("replacement", "lora", "head", "norms", "full")
+RUNGS = ("replacement", "lora", "head", "above", "norms", "full")
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -245,10 +245,10 @@ class TrainingConfig(FrozenModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
     tokens: NonNegativeInt = Field(262_144, description="training tokens; 0 keeps the untrained start")
-    trainable: Literal["replacement", "lora", "head", "norms", "full"] = Field(
+    trainable: Literal["replacement", "lora", "head", "above", "norms", "full"] = Field(
         "replacement",
         description="what trains beside the replacement: nothing, adapters, head with final norm and last layers, "
-        "all norms, everything",
+        "every layer above it with final norm, all norms, everything",
     )
     heal: HealConfig = HealConfig()
     objective: dict[str, PositiveFloat] = Field({"kl": 1.0}, description="weights of mse, hidden, lm and kl")

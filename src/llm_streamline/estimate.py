@@ -157,6 +157,8 @@ def _reach(plan: Plan, training: TrainingConfig) -> tuple[int, float, bool]:
         own = [i for edit in edits for i in range(plan.position_of(edit), plan.position_of(edit) + len(edit.templates))]
         last = range(max(0, num_layers - training.heal.last_layers), num_layers)
         return min(first, last.start), networks + len(set(last) - set(own)), True
+    if rung == "above":
+        return first, num_layers - first, False
     if rung == "full":
         return 0, num_layers, True
     return 0 if rung in ("lora", "norms") else first, networks, False

@@ -104,7 +104,7 @@ TrainableOption = Annotated[
     str | None,
     typer.Option(
         "--trainable",
-        help="What trains beside the network: replacement (nothing), lora, head, norms or full.",
+        help="What trains beside the network: replacement (nothing), lora, head, above, norms or full.",
         rich_help_panel=_NETWORK,
     ),
 ]

@@ -25,7 +25,7 @@ from llm_streamline.training.trainer import StreamlineTrainer, train_student, tr
 
 TRAIN, VALIDATION = tiny_windows(8), tiny_windows(4, seed=1)
 BASE = {"tokens": 4 * 2 * 16, "per_device_train_batch_size": 2, "num_evals": 2, "early_stopping_patience": 0}
-RUNGS = ["lora", "head", "norms", "full"]
+RUNGS = ["lora", "head", "above", "norms", "full"]
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "mixtral", "bloom", "gemma3"]
 SPAN = (2, 5)
 
@@ -76,6 +76,8 @@ def llama_names(rung, positions):
         return {name for name in layers if "norm" in name} | {"model.norm.weight"}
     if rung == "head":
         return {n for n in layers if re.match(r"model\.layers\.(3|4)\.", n)} | {"model.norm.weight", "lm_head.weight"}
+    if rung == "above":
+        return {n for n in layers if int(n.split(".")[2]) >= 2} | {"model.norm.weight"}
     if rung == "full":
         return layers | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     return {name.removesuffix(".weight") + part for name in layers if "proj" in name for part in (".lora_A", ".lora_B")}
@@ -338,14 +340,14 @@ def test_full_keeps_a_tied_head_tied(tmp_path):
 # --- objectives
 
 
-@pytest.mark.parametrize("rung", ["head", "norms"])
+@pytest.mark.parametrize("rung", ["head", "above", "norms"])
 def test_sums_of_objectives_are_those_of_the_whole_models(rung):
     """Sharing the prefix must not change a number: the truth runs original and edited model in full."""
     model, ids = tiny_model(), tiny_tokens()
     plan = removing(model, *SPAN)
     objective = {"hidden": 0.3, "lm": 0.5, "kl": 2.0}
     student = built(model, plan, config_of(rung, objective=objective, mse_weighting="uniform", heal={"last_layers": 2}))
-    assert student.resume_at == {"head": 2, "norms": 0}[rung]
+    assert student.resume_at == {"head": 2, "above": 2, "norms": 0}[rung]
     edited = copy.deepcopy(model)
     apply_plan(edited, plan)
     with torch.no_grad():

@@ -26,6 +26,7 @@ OBJECTIVES = {
 HEALED = {
     "lora": "adapters on the remaining layers, merged into the weights",
     "head": "the head, the final norm and the last layers",
+    "above": "every layer above, and the final norm",
     "norms": "all norms",
     "full": "all weights",
 }

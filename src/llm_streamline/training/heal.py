@@ -91,10 +91,12 @@ class Healed(nn.Module):
         layers = _edited_layers(model, plan, replacements)
         own = {id(p) for replacement in replacements for p in replacement.parameters()}
         silent = _silent_names(model, plan, layers, self._arch)
+        first_edit = min((plan.position_of(edit) for edit in plan.edits), default=len(layers))
         if config.trainable == "lora":
             self._add_adapters(layers, own, silent, config, seed)
         for position, layer in enumerate(layers):
-            names = layer_names(config.trainable, layer, position, len(layers), config.heal.last_layers)
+            last_layers = config.heal.last_layers
+            names = layer_names(config.trainable, layer, position, len(layers), last_layers, first_edit)
             names -= {name for name, p in layer.named_parameters() if id(p) in own} | silent.get(position, set())
             if names:
                 self.patches[position] = self._copied(layer, names, f"{self._arch.layers}.{position}.", apart=True)

@@ -3,6 +3,7 @@
     replacement   none
     lora          none, but adapters beside the projections of the layers
     head          head, final norm and the last k layers (Lu et al., "Reassessing Layer Pruning", arXiv:2411.15558)
+    above         every layer from the first edit up, and the final norm
     norms         every norm
     full          everything
 
@@ -19,7 +20,9 @@ from llm_streamline.errors import ArchitectureError, ConfigError
 from llm_streamline.schema import did_you_mean
 
 
-def layer_names(rung: str, layer: nn.Module, position: int, num_layers: int, last_layers: int) -> set[str]:
+def layer_names(
+    rung: str, layer: nn.Module, position: int, num_layers: int, last_layers: int, first_edit: int
+) -> set[str]:
     """Paths inside a decoder layer of the parameters that a rung trains.
 
     Args:
@@ -28,8 +31,10 @@ def layer_names(rung: str, layer: nn.Module, position: int, num_layers: int, las
         position: its index in the edited model.
         num_layers: of the edited model.
         last_layers: k of the rung `head`.
+        first_edit: position of the first layer that is not, or does not follow, what it was in the original.
     """
-    if rung == "full" or (rung == "head" and position >= num_layers - last_layers):
+    first = {"full": 0, "above": first_edit, "head": num_layers - last_layers}.get(rung, num_layers)
+    if position >= first:
         return {name for name, _ in layer.named_parameters()}
     return set(_norm_names(layer)) if rung == "norms" else set()
 
@@ -40,8 +45,8 @@ def outside_names(rung: str, model: nn.Module, arch: ArchSpec) -> dict[str, set[
     Raises:
         ArchitectureError: if a parameter belongs to a module that holds the layers as well.
     """
-    if rung == "head":
-        paths = [path for path in (arch.final_norm, arch.head) if path]
+    if rung in ("head", "above"):
+        paths = [path for path in (arch.final_norm, arch.head if rung == "head" else None) if path]
         return {path: {name for name, _ in model.get_submodule(path).named_parameters()} for path in paths}
     if rung not in ("norms", "full"):
         return {}
