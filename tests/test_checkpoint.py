@@ -256,6 +256,17 @@ def test_a_checkpoint_that_is_not_the_model_is_found_out(tmp_path, tokenizer, sa
     assert caught.value.exit_code == 1
 
 
+def test_degenerate_text_alone_can_be_accepted(caplog):
+    sound, looping = Check(name="logits", ok=True, detail="equal"), Check(name="text", ok=False, detail="3 of 3 loop")
+    with pytest.raises(ProofError, match="text .3 of 3 loop"):
+        Proof(checks=(sound, looping), seconds=0).raise_if_failed()
+    Proof(checks=(sound, looping), seconds=0).raise_if_failed(accept_degenerate_text=True)
+    assert "3 of 3 loop" in caplog.text
+    wrong = Check(name="logits", ok=False, detail="differ")
+    with pytest.raises(ProofError, match="logits"):
+        Proof(checks=(wrong, looping), seconds=0).raise_if_failed(accept_degenerate_text=True)
+
+
 def test_stale_indices_and_windows_are_found_out(tmp_path, same_process):
     # the right weights, but a config that gives the layers other kinds of attention than they have in memory
     model = tiny_model("qwen3")

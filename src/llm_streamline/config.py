@@ -317,6 +317,9 @@ class Recipe(FrozenModel):
     cache_states: str | None = Field(
         None, description="folder that keeps the original's hidden states for the objective mse; none: computed anew"
     )
+    accept_degenerate_text: bool = Field(
+        False, description="go on, with a warning, where the result is sound but writes only loops: for comparisons"
+    )
     target: Target = Target()
     text: TextConfig = TextConfig()
     calibration: CalibrationConfig = CalibrationConfig()

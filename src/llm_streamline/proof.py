@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_streamline.errors import ProofError
+from llm_streamline.logs import get_logger
 from llm_streamline.offload import is_streamed
 from llm_streamline.output import TOOL_FOLDER, saving, write_json
 from llm_streamline.reload import KEY_KINDS, PROMPTS, SAMPLE_TEXT, logits_of, main_dtype, probe_texts
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["PROMPTS", "Check", "Proof", "probe_texts", "prove_checkpoint", "repetition"]
 
 PROOF_FILE = "proof.json"
+log = get_logger()
 # largest difference allowed, as a share of the largest logit; the same code on the same machine usually gives 0
 LOGIT_TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 # cached and uncached forwards multiply matrices of other shapes, so their rounding differs
@@ -59,14 +61,21 @@ class Proof(FrozenModel):
         """Whether every check passed."""
         return all(check.ok for check in self.checks)
 
-    def raise_if_failed(self) -> None:
+    def raise_if_failed(self, accept_degenerate_text: bool = False) -> None:
         """Do nothing when all is well.
+
+        Args:
+            accept_degenerate_text: only warn where nothing but the check `text` failed: the files are sound, the model
+                is bad, and how bad is to be measured.
 
         Raises:
             ProofError: a check failed; the message names it and what was found.
         """
-        failed = [f"{check.name} ({check.detail})" for check in self.checks if not check.ok]
-        if failed:
+        bad = [check for check in self.checks if not check.ok]
+        failed = [f"{check.name} ({check.detail})" for check in bad]
+        if failed and accept_degenerate_text and all(check.name == "text" for check in bad):
+            log.warning("accepted, as asked, though the text is degenerate: %s", failed[0])
+        elif failed:
             raise ProofError(f"the saved checkpoint is not sound: {'; '.join(failed)}")
 
 

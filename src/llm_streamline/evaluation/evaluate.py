@@ -13,6 +13,7 @@ from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.generation import judge_generation
 from llm_streamline.evaluation.material import gather
 from llm_streamline.evaluation.perplexity import compare_losses, divergence_result
+from llm_streamline.evaluation.reference import recall, remember
 from llm_streamline.evaluation.result import Comparison, ModelResult, Provenance, Results
 from llm_streamline.evaluation.stability import compare_logs
 from llm_streamline.evaluation.subject import (
@@ -43,6 +44,7 @@ def evaluate(
     windows: Mapping[str, Windows] | None = None,
     command: str | None = None,
     plan_hash: str | None = None,
+    reference: Path | None = None,
 ) -> Results:
     """Measure models, alone and against an original.
 
@@ -57,6 +59,8 @@ def evaluate(
             `continuation` task when it names none. They must be of the tokenizer that all models share.
         command: how the user asked for this, for the record.
         plan_hash: hash of the plan that made the model, for the record.
+        reference: file that keeps what is measured of the original alone, for the next evaluation against it. Where
+            divergence is asked for, the texts are read by both models together every time.
 
     Raises:
         ConfigError, TextError, TaskError, MissingExtraError: something asked for is not there or cannot be used;
@@ -75,8 +79,10 @@ def evaluate(
     material = ranks.from_main(lambda: gather(config, loaded.tokenizer, windows))
     base = make_subject(_ORIGINAL, original, material) if original is not None else None
     if base is not None:
-        measure_tasks(base, material, clock)
-        measure_generation(base, config, clock)
+        is_known = recall(reference, base, material)
+        if not is_known:
+            measure_tasks(base, material, clock)
+            measure_generation(base, config, clock)
     results: list[ModelResult] = []
     comparisons: list[Comparison] = []
     logs: dict[str, str] = {}
@@ -91,6 +97,8 @@ def evaluate(
         speed, base_speed, speed_pair = measure_speed(subject, base, setup, clock)
         if base is not None:
             if not any(result.role == _ORIGINAL for result in results):
+                if not is_known:
+                    remember(reference, base, material)
                 results.append(_model_result(base, _ORIGINAL, base_speed))
                 logs |= base.logs
             comparisons.append(_comparison(base, subject, pair_texts, speed_pair, config, clock))

@@ -20,7 +20,13 @@ from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.output import TOOL_FOLDER, open_output, write_json
 from llm_streamline.schema import FrozenModel, parse
 
-_SHARED = ("stages.json", "stats.json", "stats.safetensors", "work/windows")  # of a run's tool folder
+_SHARED = (
+    "stages.json",
+    "stats.json",
+    "stats.safetensors",
+    "work/windows",
+    "work/original.json",
+)  # of a run's tool folder
 _SHARED_STAGES = ("text", "measure")
 Status = Literal["pending", "done", "refused", "failed"]
 _BOARD, _MANIFEST = "board.json", "manifest.json"
