@@ -258,7 +258,7 @@ def test_a_checkpoint_that_is_not_the_model_is_found_out(tmp_path, tokenizer, sa
 
 def test_degenerate_text_alone_can_be_accepted(caplog):
     sound, looping = Check(name="logits", ok=True, detail="equal"), Check(name="text", ok=False, detail="3 of 3 loop")
-    with pytest.raises(ProofError, match="text .3 of 3 loop"):
+    with pytest.raises(ProofError, match=r"text .3 of 3 loop"):
         Proof(checks=(sound, looping), seconds=0).raise_if_failed()
     Proof(checks=(sound, looping), seconds=0).raise_if_failed(accept_degenerate_text=True)
     assert "3 of 3 loop" in caplog.text

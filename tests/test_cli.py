@@ -10,8 +10,8 @@ from plans import facts
 
 from llm_streamline import cli
 from llm_streamline.cli import main
+from llm_streamline.cli.options import RECIPE_OPTIONS
 from llm_streamline.methods.registry import method_names
-from llm_streamline.options import RECIPE_OPTIONS
 from llm_streamline.plan import Plan, Remove, Replace
 
 COMMANDS = [
@@ -103,8 +103,8 @@ def test_the_options_of_the_issue_are_there():
 
 
 def test_every_recipe_option_has_its_key():
+    from llm_streamline.cli.options import overrides
     from llm_streamline.config import load_recipe
-    from llm_streamline.options import overrides
 
     values = {
         "layers": 3,

@@ -1,9 +1,12 @@
 """The command line's options, named once: each is also a recipe key. No torch, no model."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from llm_streamline.config import Recipe
 
 ModelArg = Annotated[
     str, typer.Argument(help="Hugging Face folder, Hub id, .gguf file, or `demo`.", show_default=False)
@@ -164,13 +167,39 @@ RECIPE_OPTIONS = frozenset(_KEYS)
 
 def overrides(**options: Any) -> dict[str, Any]:
     """Option values by their recipe key; options that were not given are left out."""
-    return {_KEYS[name]: value for name, value in options.items() if value is not None and value != []}
+    return {_KEYS[name]: value for name, value in options.items() if _was_given(value)}
 
 
-def refuse_beside(option: str, given: dict[str, Any], **others: Any) -> None:
-    """Raise ConfigError when anything is set that `option` leaves nothing to say about."""
+def recipe_of(options: dict[str, Any]) -> "Recipe":
+    """The recipe of a command: the file it names, with its options laid over it.
+
+    Args:
+        options: the command's `locals()`; what is no recipe option is passed over.
+
+    Raises:
+        ConfigError: the file or an option is not a recipe's.
+    """
+    from llm_streamline.config import load_recipe
+
+    given = {name: value for name, value in options.items() if name in RECIPE_OPTIONS}
+    return load_recipe(options["recipe"], overrides(**given))
+
+
+def refuse_beside(option: str, options: dict[str, Any], *others: str) -> None:
+    """Raise ConfigError when anything is set that `option` leaves nothing to say about.
+
+    Args:
+        option: as the user writes it.
+        options: the command's `locals()`.
+        others: names that `option` forbids beside those of the recipe.
+    """
     from llm_streamline.errors import ConfigError
 
-    named = [name for name, value in {**given, **others}.items() if value is not None and value != []]
-    if named:
-        raise ConfigError(f"{option} already says which layers stay; leave out --{named[0].replace('_', '-')}")
+    forbidden = [name for name in options if name in RECIPE_OPTIONS] + [*others]
+    given = [name for name in forbidden if _was_given(options[name])]
+    if given:
+        raise ConfigError(f"{option} already says which layers stay; leave out --{given[0].replace('_', '-')}")
+
+
+def _was_given(value: Any) -> bool:
+    return value is not None and value != []

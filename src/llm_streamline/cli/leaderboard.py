@@ -1,0 +1,71 @@
+"""The command `leaderboard`: models x methods x budgets, run and drawn."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_streamline.cli import options as o
+from llm_streamline.cli import terminal
+
+
+def leaderboard(
+    spec: Annotated[
+        Path, typer.Argument(help="YAML of models, methods and budgets; or a leaderboard's folder, to draw it again.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the leaderboard.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="Method, or KEY=VALUE[,VALUE]: method, model, layers, tokens, seed; repeatable."),
+    ] = None,
+    limit_minutes: Annotated[
+        float | None, typer.Option("--limit-minutes", help="Stop after so long; the same command goes on.")
+    ] = None,
+    text: o.TextOption = None,
+    perplexity: Annotated[
+        list[str] | None, typer.Option("--perplexity", help="Text to evaluate on; repeatable.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", help="Multiple-choice file or task; repeatable.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE, a recipe key for every run (evaluation.tokens=16384); repeatable."),
+    ] = None,
+    device: o.DeviceOption = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Also what was refused or failed before.")] = False,
+    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Leave the checkpoints in OUT/runs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how they stand; run nothing.")] = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Models x methods x budgets: run what is missing, then one page that says which is best, and at what cost."""
+    from llm_streamline.errors import ConfigError
+    from llm_streamline.leaderboard.page import draw
+    from llm_streamline.leaderboard.records import Shelf
+
+    if spec.is_dir():
+        terminal.show_leaderboard(draw(Shelf(spec)), [], as_json)
+        return
+    if out is None:
+        raise ConfigError("leaderboard wants -o FOLDER beside a specification")
+    from llm_streamline.leaderboard.board import read_settings
+    from llm_streamline.leaderboard.make import make_leaderboard
+
+    given = {
+        **read_settings(settings or []),
+        "text.sources": text,
+        "evaluation.perplexity": perplexity,
+        "evaluation.tasks": tasks,
+        "device": device,
+    }
+    made = make_leaderboard(
+        spec,
+        out,
+        overrides={key: value for key, value in given.items() if value is not None and value != []},
+        only=only or [],
+        limit_minutes=limit_minutes,
+        retry=retry,
+        keep_weights=keep_weights,
+        dry_run=dry_run,
+    )
+    terminal.show_leaderboard(made.data, made.records, as_json)
