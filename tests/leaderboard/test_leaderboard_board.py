@@ -69,6 +69,16 @@ def test_a_run_is_named_by_its_content(place, tmp_path):
     assert names[0] != names[1]
 
 
+def test_how_it_would_be_trained_names_no_run_that_is_not_trained(place):
+    plain = {e.label: e.key("model") for e in expanded(place)}
+    other = {e.label: e.key("model") for e in expanded(place, {"training.learning_rate": 0.5})}
+    assert {label for label in plain if plain[label] == other[label]} == {
+        e.label for e in expanded(place) if not e.tokens
+    }
+    starts = {e.label: e.key("model") for e in expanded(place, {"training.validation_tokens": 512})}
+    assert all(plain[label] != starts[label] for label in plain)
+
+
 @pytest.mark.parametrize(
     ("only", "labels"),
     [

@@ -72,6 +72,9 @@ def _counts(value: Any) -> Any:
     return tuple(parse_count(one) for one in value) if isinstance(value, list | tuple) else value
 
 
+_UNTRAINED = {"tokens", "validation_tokens", "mse_weighting"}  # of the training, what a start depends on as well
+
+
 @dataclass(frozen=True)
 class Entry:
     """One run of the board."""
@@ -91,9 +94,16 @@ class Entry:
         return f"{self.model}/{self.method}/{self.layers}/{self.tokens}/{self.seed}"
 
     def key(self, fingerprint: str) -> str:
-        """16 hexadecimal digits of everything the result depends on: model, recipe, and the files that it names."""
+        """16 hexadecimal digits of everything the result depends on: model, recipe, and the files that it names.
+
+        Where nothing is trained, how it would be trained is left out: another optimiser does not make another run.
+        """
         files = [_content(path) for path in _files(self.recipe)]
-        return digest(fingerprint, self.recipe.model_dump(mode="json"), self.recipe_yaml(), files)
+        whole, asked = (self.recipe.model_dump(mode="json", exclude_unset=unset) for unset in (False, True))
+        if not self.recipe.training.tokens:
+            for one in (whole, asked):
+                one["training"] = {name: one["training"][name] for name in _UNTRAINED & one["training"].keys()}
+        return digest(fingerprint, whole, asked, files)
 
     def measured_key(self, fingerprint: str) -> str:
         """The same of what the similarities depend on: runs that have it alike measure them once."""
