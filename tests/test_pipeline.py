@@ -35,7 +35,7 @@ text: {seq_len: 32}
 calibration: {tokens: 256, batch_tokens: 128}
 selection: {verify: 2, verify_tokens: 128}
 replacement: {fit_tokens: 256}
-training: {tokens: 512, num_evals: 2, validation_tokens: 128, per_device_train_batch_size: 2}
+training: {tokens: 512, trainable: replacement, num_evals: 2, validation_tokens: 128, per_device_train_batch_size: 2}
 evaluation: {limit: 4, tokens: 8192, speed: false, max_new_tokens: 4, bootstrap: 20, samples: 0}
 """
 
@@ -439,7 +439,7 @@ def test_a_memory_limit_too_small_is_refused_before_anything_is_written(place):
 
 def test_a_whole_run_within_a_memory_limit_makes_the_same_plan_and_the_same_losses(place, done, caplog):
     caplog.set_level(logging.INFO, logger="llm_streamline")
-    recipe = recipe_of(place, **{"target.layers": 2, "max_memory": "16GiB"})
+    recipe = recipe_of(place, **{"target.layers": 2, "max_memory": "16GiB", "training.trainable": "replacement"})
     limited = compress(str(place / "model"), place / "limited-run", recipe)
     assert "layers stay on disk" in caplog.text
     whole = place / "out"

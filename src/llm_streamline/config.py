@@ -28,7 +28,7 @@ from llm_streamline.sizes import parse_size
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPLACEMENTS = ("none", "layer", "ffn", "swiglu", "linear", "patch", "bias", "scale")
 OBJECTIVES = ("mse", "hidden", "lm", "kl")
-RUNGS = ("replacement", "lora", "head", "above", "norms", "full")
+RUNGS = ("auto", "replacement", "lora", "head", "above", "norms", "full")
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -229,7 +229,7 @@ class HealConfig(FrozenModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    learning_rate: PositiveFloat = Field(1e-4, description="of the original's own weights and of adapters")
+    learning_rate: PositiveFloat = Field(3e-4, description="of the original's own weights and of adapters")
     rank: PositiveInt = Field(8, description="lora: rank of every adapter")
     alpha: PositiveFloat = Field(16.0, description="lora: an adapter counts alpha / rank times")
     targets: tuple[str, ...] = Field(
@@ -245,10 +245,10 @@ class TrainingConfig(FrozenModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
     tokens: NonNegativeInt = Field(262_144, description="training tokens; 0 keeps the untrained start")
-    trainable: Literal["replacement", "lora", "head", "above", "norms", "full"] = Field(
-        "replacement",
+    trainable: Literal["auto", "replacement", "lora", "head", "above", "norms", "full"] = Field(
+        "auto",
         description="what trains beside the replacement: nothing, adapters, head with final norm and last layers, "
-        "every layer above it with final norm, all norms, everything",
+        "every layer above it with final norm, all norms, everything; auto: above where memory allows it, else nothing",
     )
     heal: HealConfig = HealConfig()
     objective: dict[str, PositiveFloat] = Field({"kl": 1.0}, description="weights of mse, hidden, lm and kl")
@@ -266,7 +266,7 @@ class TrainingConfig(FrozenModel):
     adam_beta1: NonNegativeFloat = Field(0.9, lt=1)
     adam_beta2: NonNegativeFloat = Field(0.95, lt=1)
     max_grad_norm: NonNegativeFloat = 1.0
-    per_device_train_batch_size: PositiveInt = Field(4, description="windows run at once")
+    per_device_train_batch_size: PositiveInt = Field(1, description="windows a step; few tokens want many steps")
     gradient_accumulation_steps: PositiveInt = 1
     num_evals: NonNegativeInt = Field(4, description="validations spread over training, besides the one before it")
     validation_tokens: PositiveInt = Field(8_192, description="tokens of a validation")
@@ -275,6 +275,11 @@ class TrainingConfig(FrozenModel):
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
     torch_compile: bool = Field(False, description="compile the networks that are trained; minutes first, then faster")
     arguments: dict[str, Any] = Field({}, description="further transformers.TrainingArguments, passed on as they are")
+
+    @property
+    def heals(self) -> bool:
+        """Whether weights of the original are trained; False while `auto` is not decided."""
+        return self.trainable not in ("auto", "replacement")
 
     _read_count = field_validator("tokens", mode="before")(parse_count)
 

@@ -44,7 +44,7 @@ def check_engines(recipe: "Recipe") -> None:
             )
         if device == "mps":
             raise ConfigError("quantization does not run on mps; use cpu or cuda, or quantization none")
-        if recipe.training.trainable != "replacement":
+        if recipe.training.heals:
             raise ConfigError(
                 f"training.trainable {recipe.training.trainable} trains the original's own weights, which are packed "
                 "with quantization; use trainable replacement, or quantization none"

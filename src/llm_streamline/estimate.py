@@ -61,7 +61,7 @@ def preview_plan(
     if training.heal.untie_head and training.trainable in ("head", "full") and is_tied(model):
         after += head
     cost = None
-    if training.tokens and (training.trainable != "replacement" or any(isinstance(e, Replace) for e in plan.edits)):
+    if training.tokens and (training.heals or any(isinstance(e, Replace) for e in plan.edits)):
         cost = _training_cost(model, size, plan, training, seq_len, layer_seconds_per_token)
     return Preview(
         parameters=(size.parameters, after),

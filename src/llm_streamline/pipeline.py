@@ -52,6 +52,7 @@ from llm_streamline.runtime import versions
 from llm_streamline.runtimes import plan_warnings
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 from llm_streamline.training.heal import check_healing
+from llm_streamline.training.reach import settle_reach
 from llm_streamline.without_weights import apply_on_files, preview_without_weights, read_slices
 
 log = get_logger()
@@ -209,7 +210,7 @@ def train_replacement(
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     recipe = recipe or Recipe()
     has_network = any(isinstance(edit, Replace) for edit in plan.edits)
-    if not has_network and recipe.training.trainable == "replacement":
+    if not has_network and not recipe.training.heals:
         raise PlanError(
             "this plan puts no network back, so there is nothing to train: use `llm-streamline apply`, or name with "
             "--trainable what of the original is to be trained"
@@ -337,6 +338,7 @@ def _loaded(
     wished = _as_planned(recipe, plan) if plan else recipe
     fitted = ranks.from_main(lambda: fit(source, wished, work))  # one batch size for all processes
     loaded = stages.load_original(source, recipe, fitted)
+    recipe = settle_reach(recipe, loaded, wished.replacement.kind != "none")
     if fitted is None:
         return recipe, loaded
     announce(loaded, fitted, work)

@@ -221,6 +221,23 @@ def available_bytes(device: "torch.device") -> int:
     return max(0, available)
 
 
+def total_bytes(device: "torch.device") -> int:
+    """Return the memory there is, used or not: of the device, or of the machine or its container."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    total = psutil.virtual_memory().total
+    try:  # a container's own limit (cgroup v2)
+        with open("/sys/fs/cgroup/memory.max") as file:
+            total = min(total, int(file.read()))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        pass
+    return total
+
+
 def versions() -> dict[str, str]:
     """Return what a manifest records about the machine: packages, Python, system, processor, accelerator."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "cpus": str(os.cpu_count())}

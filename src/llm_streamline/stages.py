@@ -365,7 +365,7 @@ def train(loaded: LoadedModel, plan: Plan, recipe: Recipe, windows: dict[str, Wi
         replacements, trials = begin(loaded.model, plan, windows["train"], windows["validation"], settings)
         ranks.from_main(lambda: keep_start(folder, replacements, trials))
     training, healed = recipe.training, None
-    if training.tokens and training.trainable != "replacement":
+    if training.tokens and training.heals:
         healed = Healed(loaded.model, plan, replacements, training, recipe.seed)
     if not replacements and healed is None:
         return Trained(replacements, None, None)

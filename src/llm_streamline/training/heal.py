@@ -38,7 +38,7 @@ def check_healing(model: nn.Module, config: TrainingConfig, has_network: bool) -
         ArchitectureError: if the weights are packed or not in memory.
         MissingExtraError: if adapters are wanted and peft is not installed.
     """
-    if not config.tokens or config.trainable == "replacement":
+    if not config.tokens or not config.heals:
         return
     if "mse" in config.objective and not has_network:
         raise ConfigError(

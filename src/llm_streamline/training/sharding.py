@@ -22,7 +22,7 @@ def shard_teacher(model: nn.Module, training: TrainingConfig) -> bool:
     """
     if not ranks.wants_sharding():
         return False
-    if training.trainable != "replacement":
+    if training.heals:
         log.warning(
             "training.trainable: %s shares its weights with the original, which stays whole on every process",
             training.trainable,

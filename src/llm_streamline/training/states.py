@@ -71,8 +71,8 @@ def check_cacheable(objective: dict[str, float], trainable: str) -> None:
     Raises:
         ConfigError: the objective is not mse alone, or weights of the original are trained.
     """
-    if set(objective) != {"mse"} or trainable != "replacement":
-        wanted = "+".join(objective) if trainable == "replacement" else f"training.trainable: {trainable}"
+    if set(objective) != {"mse"} or trainable not in ("auto", "replacement"):
+        wanted = "+".join(objective) if trainable in ("auto", "replacement") else f"training.trainable: {trainable}"
         raise ConfigError(
             f"--cache-states keeps what a network is given and should make of it, which is all that the objective mse "
             f"needs, but not enough for {wanted}: use --objective mse, or leave --cache-states out"

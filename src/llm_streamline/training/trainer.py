@@ -375,7 +375,7 @@ def training_arguments(
         "seed": seed,
         "data_seed": seed,
         "use_cpu": device.type == "cpu",
-        "ddp_find_unused_parameters": config.trainable != "replacement",  # an objective may miss what is healed
+        "ddp_find_unused_parameters": config.heals,  # an objective may miss what is healed
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type == "cuda",
     }
