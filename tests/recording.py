@@ -32,7 +32,8 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    if session.config.getoption("--record-architectures"):
+    is_worker = hasattr(session.config, "workerinput")  # of pytest-xdist: the process that started it sees all reports
+    if not is_worker and session.config.getoption("--record-architectures"):
         RECORD.write_text(json.dumps(_evidence(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
