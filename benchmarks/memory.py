@@ -59,7 +59,7 @@ def main() -> None:
             result["checkpoint_bytes"] = make_checkpoint(folder / "model", arguments.shape)
             print(f"checkpoint: {result['checkpoint_bytes'] / 1e9:.1f} GB in {time.perf_counter() - started:.0f} s")
         for part in parts:
-            found = _RUNS[part](folder, arguments.shape, arguments.tokens)
+            found = {"date": result["date"], **_RUNS[part](folder, arguments.shape, arguments.tokens)}
             result["parts"][part] = found
             print(part, json.dumps(found), flush=True)
     finally:
@@ -246,6 +246,9 @@ def _write(result: dict) -> None:
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     name = "memory" if result["shape"] == "7b" else f"memory-{result['shape']}"
+    if (folder / f"{name}.json").is_file():  # parts may be measured one call at a time
+        before = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["parts"]
+        result = {**result, "parts": {**before, **result["parts"]}}
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     rows = [f"# Memory: a {result['shape']} checkpoint of random weights, {result['date']}", ""]
     rows += ["| part | measured | target | time | forecast |", "|---|---|---|---|---|"]
