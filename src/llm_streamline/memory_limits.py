@@ -1,11 +1,18 @@
-"""When memory ends: telling it from other errors, and giving back what can be given back."""
+"""When memory ends: telling it from other errors, giving back what can be given back, going on with less at once."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+
+from llm_streamline.errors import OutOfMemoryError
+from llm_streamline.logs import get_logger
+
+T = TypeVar("T")
+log = get_logger()
 
 _CPU_COMPLAINT = "not enough memory: you tried to allocate"  # torch's allocator on Windows
 
@@ -39,3 +46,62 @@ def no_room_for(num_windows: int) -> Iterator[None]:
             raise
         complaint = str(problem).splitlines()[0]
     raise BatchTooLarge(f"{num_windows} windows at once: {complaint}")  # outside: the tensors are let go of
+
+
+class Portions:
+    """Batches that are run whole while memory suffices; once it does not, each is run in half as large portions.
+
+    The work must leave nothing behind where it fails: its windows are run again.
+    """
+
+    def __init__(self, title: str, way_out: str):
+        """Begin with whole batches.
+
+        Args:
+            title: what is done, as in "out of memory in <title>".
+            way_out: what would do when not even one window fits, as in "shorten text.seq_len".
+        """
+        self._title, self._way_out = title, way_out
+        self._divisor = 1  # a batch of n windows is run n // divisor at a time
+
+    def run(self, batch: Sequence, work: Callable[[Sequence], T]) -> list[T]:
+        """Do the work on a batch.
+
+        Args:
+            batch: windows, or their numbers: whatever has a length and can be sliced; a tensor too.
+            work: what is done with a slice of it.
+
+        Returns:
+            What `work` returned for each portion, in order.
+
+        Raises:
+            OutOfMemoryError: if not even one window fits.
+        """
+        found: list[T] = []
+        done = 0
+        while done < len(batch):
+            portion = batch[done : done + max(1, len(batch) // self._divisor)]
+            try:
+                with no_room_for(len(portion)):
+                    found.append(work(portion))
+                done += len(portion)
+                continue
+            except BatchTooLarge as problem:
+                self._halve(len(portion), len(batch), str(problem))
+            free_memory()  # out here: the error that held on to the tensors is gone
+        return found
+
+    def _halve(self, failed: int, whole: int, problem: str) -> None:
+        if failed == 1:
+            raise OutOfMemoryError(
+                f"out of memory in {self._title} ({problem}); {self._way_out}, keep layers on disk with --max-memory "
+                "auto, or use a machine with more memory"
+            ) from None
+        while max(1, whole // self._divisor) >= failed:
+            self._divisor *= 2
+        log.warning(
+            "out of memory in %s with %d windows at once; going on with %d",
+            self._title,
+            failed,
+            max(1, whole // self._divisor),
+        )

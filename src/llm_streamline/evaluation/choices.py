@@ -15,6 +15,7 @@ never sees. Shapes: B rows, T tokens of the longest row, C choices.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from llm_streamline.errors import TaskError
 from llm_streamline.evaluation.items import ChoiceTask, Item
 from llm_streamline.evaluation.logits import LogitReader, check_finite
 from llm_streamline.logs import get_logger, progress_bar
+from llm_streamline.memory_limits import Portions
 
 _FAR_FROM_WRONG = 0.1  # packed states must be so much nearer to the plain ones than states with a wrong mask
 
@@ -248,7 +250,7 @@ def score_task(
     batch_tokens: int = 4096,
     pack: bool | None = None,
 ) -> list[ScoredItem]:
-    """Score every choice of every question.
+    """Score every choice of every question. When memory ends, batches are halved; the results are the same.
 
     Args:
         task: the questions, worked examples included in their contexts.
@@ -265,6 +267,7 @@ def score_task(
     Raises:
         TaskError: a choice cannot be tokenised or is too long.
         NumericsError: a log-likelihood is not finite; the message names task and question.
+        OutOfMemoryError: not even one row fits.
     """
     encoded = encode_items(task.items, tokenizer, max_length)
     if pack is None:
@@ -274,18 +277,24 @@ def score_task(
     else:
         rows = [_plain_row(i, c, choice) for i, choices in enumerate(encoded) for c, choice in enumerate(choices)]
     sums = [[0.0] * len(choices) for choices in encoded]
-    with progress_bar(f"task {task.name}", len(rows)) as bar:
+    title = f"task {task.name}"
+    portions = Portions(title, "use fewer worked examples (--num-fewshot)")
+
+    def score(batch: Sequence[_Row], mine: bool) -> None:
+        inputs = _packed_inputs(batch, reader) if pack else {"input_ids": _pad(batch, "tokens")}
+        states_BTd = reader.states(**inputs)
+        if not mine:
+            return
+        # choices that begin alike share scored tokens: each is looked up once
+        wanted = {(b, place, target): 0 for b, row in enumerate(batch) for place, target, _ in row.scored}
+        index = torch.tensor(list(wanted), device=states_BTd.device)
+        found_N = reader.log_probs(states_BTd[index[:, 0], index[:, 1]], index[:, 2])
+        _add_up(batch, dict(zip(wanted, found_N.tolist(), strict=True)), sums, task)
+
+    with progress_bar(title, len(rows)) as bar:
         for batch, mine in ranks.deal(_batches(rows, batch_size, batch_tokens)):
-            inputs = _packed_inputs(batch, reader) if pack else {"input_ids": _pad(batch, "tokens")}
-            states_BTd = reader.states(**inputs)
+            portions.run(batch, partial(score, mine=mine))
             bar.advance(len(batch) * ranks.world_size())
-            if not mine:
-                continue
-            # choices that begin alike share scored tokens: each is looked up once
-            wanted = {(b, place, target): 0 for b, row in enumerate(batch) for place, target, _ in row.scored}
-            index = torch.tensor(list(wanted), device=states_BTd.device)
-            found_N = reader.log_probs(states_BTd[index[:, 0], index[:, 1]], index[:, 2])
-            _add_up(batch, dict(zip(wanted, found_N.tolist(), strict=True)), sums, task)
     if ranks.world_size() > 1:  # a choice was scored by one rank and is zero on the others
         parts = ranks.gathered(sums)
         sums = [[sum(values) for values in zip(*(part[i] for part in parts), strict=True)] for i in range(len(sums))]

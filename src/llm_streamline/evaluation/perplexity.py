@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from llm_streamline.errors import TextError
 from llm_streamline.evaluation.logits import LogitReader, check_finite
 from llm_streamline.evaluation.result import DivergenceResult, PerplexityComparison, PerplexityResult
 from llm_streamline.logs import progress_bar
+from llm_streamline.memory_limits import Portions
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def read_windows(
     batch_size: int | None = None,
     batch_tokens: int = 4096,
 ) -> tuple[WindowLosses, WindowLosses | None, Divergences | None]:
-    """Run one or two models over a text.
+    """Run one or two models over a text. When memory ends, batches are halved; the results are the same.
 
     Args:
         text: windows of the tokenizer that the models share.
@@ -138,37 +140,44 @@ def read_windows(
 
     Raises:
         NumericsError: a log-likelihood is not finite; the message names text and window.
+        OutOfMemoryError: not even one window fits.
     """
     count = len(text.windows)
     tokens_W = np.array([window.num_scored for window in text.windows])
     own = WindowLosses(np.zeros(count), tokens_W)
     other = WindowLosses(np.zeros(count), tokens_W) if original is not None else None
     divergences = Divergences([np.empty(0)] * count, [0] * count) if original is not None else None
-    with progress_bar(f"perplexity on {text.name}", count) as bar:
+    title = f"perplexity on {text.name}"
+    portions = Portions(title, "shorten its windows (--context, or text.seq_len of a run)")
+
+    def read(numbers: list[int], mine: bool) -> None:
+        batch = [text.windows[number] for number in numbers]
+        ids_BT = torch.nn.utils.rnn.pad_sequence([window.ids for window in batch], batch_first=True)
+        states = model.states(ids_BT)
+        reference = original.states(ids_BT) if original is not None else None
+        if not mine:
+            return
+        for row, (number, window) in enumerate(zip(numbers, batch, strict=True)):
+            places = window.scored.nonzero().squeeze(1) - 1  # the state before a token predicts it
+            targets = window.ids[places + 1]
+            where = f"text {text.name}, window {number}"
+            if original is None:
+                nll_N = -model.log_probs(states[row, places.to(states.device)], targets)
+            else:
+                nll_N, nll_reference_N, kl_N, same = _diverge(
+                    model, states[row], original, reference[row], places, targets
+                )
+                check_finite(nll_reference_N, f"{where}, original")
+                check_finite(kl_N, where)
+                other.nll_W[number] = nll_reference_N.double().sum()
+                divergences.kl[number], divergences.same_top[number] = kl_N.double().numpy(), same
+            check_finite(nll_N, where)
+            own.nll_W[number] = nll_N.double().sum()
+
+    with progress_bar(title, count) as bar:
         for numbers, mine in ranks.deal(_batches(text.windows, batch_size, batch_tokens)):
-            batch = [text.windows[number] for number in numbers]
-            ids_BT = torch.nn.utils.rnn.pad_sequence([window.ids for window in batch], batch_first=True)
-            states = model.states(ids_BT)
-            reference = original.states(ids_BT) if original is not None else None
-            bar.advance(len(batch) * ranks.world_size())
-            if not mine:
-                continue
-            for row, (number, window) in enumerate(zip(numbers, batch, strict=True)):
-                places = window.scored.nonzero().squeeze(1) - 1  # the state before a token predicts it
-                targets = window.ids[places + 1]
-                where = f"text {text.name}, window {number}"
-                if original is None:
-                    nll_N = -model.log_probs(states[row, places.to(states.device)], targets)
-                else:
-                    nll_N, nll_reference_N, kl_N, same = _diverge(
-                        model, states[row], original, reference[row], places, targets
-                    )
-                    check_finite(nll_reference_N, f"{where}, original")
-                    check_finite(kl_N, where)
-                    other.nll_W[number] = nll_reference_N.double().sum()
-                    divergences.kl[number], divergences.same_top[number] = kl_N.double().numpy(), same
-                check_finite(nll_N, where)
-                own.nll_W[number] = nll_N.double().sum()
+            portions.run(numbers, partial(read, mine=mine))
+            bar.advance(len(numbers) * ranks.world_size())
     _join_ranks(own, other, divergences)
     return own, other, divergences
 

@@ -14,7 +14,8 @@ from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ArchitectureError, NumericsError
 from llm_streamline.logs import progress_bar
 from llm_streamline.measure.losses import cross_entropy, mean_loss
-from llm_streamline.measure.stream import batches
+from llm_streamline.measure.stream import WAY_OUT, batches
+from llm_streamline.memory_limits import Portions
 
 
 def layer_weights(layer: nn.Module) -> list[nn.Parameter]:
@@ -58,17 +59,23 @@ def taylor(model: nn.Module, windows: Windows) -> Tensor:
     Raises:
         ArchitectureError: if the model is offloaded.
         NumericsError: if a score is not finite; the message names the layer.
+        OutOfMemoryError: if a window does not fit.
     """
     layers = get_layers(model)
     device = model.get_input_embeddings().weight.device
     scores: list[Tensor] = []
+    portions = Portions("taking gradients", WAY_OUT)  # of one window: what does not fit is told in a sentence
+
+    def score(ids: Tensor) -> Tensor:
+        sums.zero_()
+        logits = model(input_ids=ids, use_cache=False).logits
+        mean_loss(cross_entropy, logits[:, :-1], ids[:, 1:]).backward()
+        _check_finite(sums)
+        return sums.clone()
+
     with progress_bar("gradients", len(windows)) as bar, _reduced_gradients(layers) as sums, torch.enable_grad():
         for _, ids in batches(windows, 1, device):
-            sums.zero_()
-            logits = model(input_ids=ids, use_cache=False).logits
-            mean_loss(cross_entropy, logits[:, :-1], ids[:, 1:]).backward()
-            _check_finite(sums)
-            scores.append(sums.clone())
+            scores += portions.run(ids, score)
             bar.advance()
     return torch.stack(scores)
 

@@ -21,7 +21,8 @@ from llm_streamline.measure.files import Statistics
 from llm_streamline.measure.gradients import magnitudes, taylor
 from llm_streamline.measure.losses import token_losses
 from llm_streamline.measure.shared_prefix import SharedPrefix, Variant
-from llm_streamline.measure.stream import Observer, batches, observe
+from llm_streamline.measure.stream import WAY_OUT, Observer, batches, observe
+from llm_streamline.memory_limits import Portions
 from llm_streamline.packed import num_numbers
 from llm_streamline.plan import ModelFacts, Plan
 from llm_streamline.replacements.base import Replacement
@@ -83,6 +84,9 @@ class Probe:
 
         Returns:
             (W,) float64 nats a token for each plan, in the order of the plans.
+
+        Raises:
+            OutOfMemoryError: if not even one window fits.
         """
         size = self.at_once or len(plans)
         if len(plans) > size and any(edit.kind != "remove" for plan in plans for edit in plan.edits):
@@ -92,11 +96,17 @@ class Probe:
         together = SharedPrefix(self.model, [self._variant(plan) for plan in plans])
         found: list[list[Tensor]] = [[] for _ in plans]
         device = self.model.get_input_embeddings().weight.device
-        with progress_bar(f"held-out loss of {len(plans)} candidates", len(windows)) as bar:
+        title = f"held-out loss of {len(plans)} candidates"
+        portions = Portions(title, WAY_OUT)
+
+        def means_of(ids: Tensor) -> dict[int, Tensor]:
+            return {index: _window_means(logits, ids) for index, logits in together.run({"input_ids": ids})}
+
+        with progress_bar(title, len(windows)) as bar:
             for (_, ids), mine in ranks.deal(batches(windows, self.batch_tokens, device)):
-                for index, logits in together.run({"input_ids": ids}):
-                    if mine:
-                        found[index].append(_window_means(logits, ids))
+                means = portions.run(ids, means_of)
+                for index in range(len(plans)) if mine else ():
+                    found[index].append(torch.cat([part[index] for part in means]))
                 bar.advance(len(ids) * ranks.world_size())
         self.cost.forward(together.num_layers_run, windows.num_tokens, num_heads=len(plans))
         return [torch.cat(ranks.collected(means)) for means in found]

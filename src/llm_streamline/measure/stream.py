@@ -1,8 +1,10 @@
 """One pass over windows that feeds an observer with the states between layers, and stops before the head."""
 
+import copy
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,13 @@ from llm_streamline import ranks
 from llm_streamline.data.windows import Windows
 from llm_streamline.logs import progress_bar
 from llm_streamline.measure.partial import run_tapped
+from llm_streamline.memory_limits import Portions
+
+WAY_OUT = "shorten text.seq_len"  # when not even one window of a pass over text fits into memory
 
 
 class Observer(Protocol):
-    """Something that is updated with the states of each batch."""
+    """Something that is updated with the states of each batch; what it gathers are its attributes."""
 
     @property
     def boundaries(self) -> range:
@@ -36,27 +41,56 @@ def batches(windows: Windows, batch_tokens: int, device: torch.device) -> Iterat
 def observe(model: nn.Module, windows: Windows, observer: Observer, batch_tokens: int, title: str) -> float:
     """Run the layers over all windows and feed the observer; memory does not grow with their number.
 
+    When memory ends, the batch is run again in halves, and those after it too.
+
     Several ranks share the batches when the observer can `merge` what another one has seen, and each ends with what all
     of them have seen; without a merge every rank goes through all windows.
 
     Returns:
         Seconds.
+
+    Raises:
+        OutOfMemoryError: if not even one window fits.
     """
-    boundaries = observer.boundaries
+    boundaries, portions = observer.boundaries, Portions(title, WAY_OUT)
     device = model.get_input_embeddings().weight.device
     started = time.perf_counter()
     with progress_bar(title, len(windows)) as bar:
         shared, found = hasattr(observer, "merge"), batches(windows, batch_tokens, device)
         for (start, ids), mine in ranks.deal(found) if shared else ((batch, True) for batch in found):
-            states, _ = run_tapped(model, {"input_ids": ids}, boundaries, stop=boundaries[-1])
-            if mine:
-                observer.update([states[b] for b in boundaries], None, start)
+
+            def feed(rows: range, start: int = start, ids: Tensor = ids, mine: bool = mine) -> None:
+                some = {"input_ids": ids[rows.start : rows.stop]}
+                states, _ = run_tapped(model, some, boundaries, stop=boundaries[-1])
+                if mine:
+                    with _whole_or_not_at_all(observer):
+                        observer.update([states[b] for b in boundaries], None, start + rows.start)
+
+            portions.run(range(len(ids)), feed)
             bar.advance(len(ids) * (ranks.world_size() if shared else 1))
             done = (start + len(ids)) * ids.shape[1]
             bar.note(f"{done / (time.perf_counter() - started):,.0f} tokens/s")
     if shared:
         _merge_ranks(observer)
     return time.perf_counter() - started
+
+
+@contextmanager
+def _whole_or_not_at_all(observer: Observer) -> Iterator[None]:
+    """Put the observer back to where it was if an update fails half-way: its windows are run again."""
+    before = {name: _own(value) for name, value in vars(observer).items()}
+    try:
+        yield
+    except RuntimeError:
+        vars(observer).update(before)
+        raise
+
+
+def _own(value: Any) -> Any:
+    """A copy of what sums are gathered in; anything else, such as the model's layers, as it is."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.copy(value) if isinstance(value, list | dict) else value
 
 
 def _merge_ranks(observer: Observer) -> None:

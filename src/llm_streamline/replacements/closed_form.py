@@ -6,6 +6,7 @@ arXiv:2605.15491), whose two moments are collected batch by batch. Shapes: N tok
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from llm_streamline.layer_config import text_config
 from llm_streamline.logs import progress_bar
 from llm_streamline.measure.edited import edited_view
 from llm_streamline.measure.partial import run_tapped
-from llm_streamline.measure.stream import batches
+from llm_streamline.measure.stream import WAY_OUT, batches
+from llm_streamline.memory_limits import Portions
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.linear import LinearReplacement
@@ -46,13 +48,18 @@ class Moments:
         self.ar = torch.zeros(self.num_inputs, self.num_outputs, dtype=torch.float64, device=where)
 
     def update(self, a: Tensor, r: Tensor, weight: Tensor) -> None:
-        """Add tokens: a (N, f), r (N, d), weight (N,), all float32."""
+        """Add tokens: a (N, f), r (N, d), weight (N,), all float32.
+
+        All memory is taken before the first sum is touched: where it ends, none of these tokens has been added.
+        """
         a, r = a.to(self.aa), r.to(self.aa)  # a product in float32 loses what a small ridge must still see
         weighted = a * weight.to(self.aa).unsqueeze(1)
+        ar = weighted.T @ r
+        part = self.aa.new_empty(min(_ROWS, self.num_inputs), self.num_inputs)
         for start in range(0, self.num_inputs, _ROWS):  # the whole product once more would be large
             rows = slice(start, start + _ROWS)
-            self.aa[rows] += weighted[:, rows].T @ a
-        self.ar += weighted.T @ r
+            self.aa[rows] += torch.mm(weighted[:, rows].T, a, out=part[: self.num_inputs - start])
+        self.ar += ar
         self.count += len(a)
 
     def share(self) -> None:
@@ -104,6 +111,7 @@ def solve_output_projection(
 
     Raises:
         ArchitectureError: if the network's output is not linear in its last map.
+        OutOfMemoryError: if not even one window fits.
     """
     replacement = replacements[index]
     check_linear(model, replacement)
@@ -122,21 +130,27 @@ def solve_output_projection(
         seen["a"], seen["o"] = args[0], output
 
     handle = projection.register_forward_hook(keep)
+
+    def add(ids: Tensor, mine: bool) -> None:
+        seen.clear()  # what an attempt that failed has left
+        inputs, stop = {"input_ids": ids}, replacement.edit.stop
+        states, _ = run_tapped(model, inputs, {resume_at, stop}, stop)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
+            own, _ = resumed.run(inputs, states[resume_at], replacement.out)
+        a = seen["a"].float().flatten(0, -2)  # OPT joins windows and tokens before its MLP
+        weight = row_weights(states[stop].float(), weighting).flatten()
+        target = states[stop].float().flatten(0, 1)
+        without = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
+        if has_bias:
+            a = torch.cat([a, torch.ones(len(a), 1, device=device)], dim=1)
+        if mine:
+            moments.update(a, (target - without) / scale, weight)
+
+    portions = Portions("the closed form", WAY_OUT)
     try:
         with progress_bar("closed form", len(windows)) as bar:
             for (_, ids), mine in ranks.deal(batches(windows, batch_tokens, device)):
-                inputs, stop = {"input_ids": ids}, replacement.edit.stop
-                states, _ = run_tapped(model, inputs, {resume_at, stop}, stop)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
-                    own, _ = resumed.run(inputs, states[resume_at], replacement.out)
-                a = seen["a"].float().flatten(0, -2)  # OPT joins windows and tokens before its MLP
-                weight = row_weights(states[stop].float(), weighting).flatten()
-                target = states[stop].float().flatten(0, 1)
-                without = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
-                if has_bias:
-                    a = torch.cat([a, torch.ones(len(a), 1, device=device)], dim=1)
-                if mine:
-                    moments.update(a, (target - without) / scale, weight)
+                portions.run(ids, partial(add, mine=mine))
                 bar.advance(len(ids) * ranks.world_size())
     finally:
         handle.remove()

@@ -3,7 +3,7 @@
 Shapes: B windows, T tokens of a window, N tokens of a batch, f inputs of a map, d width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ from llm_streamline.data.windows import Windows
 from llm_streamline.logs import progress_bar
 from llm_streamline.measure.edited import edited_view
 from llm_streamline.measure.partial import run_tapped
-from llm_streamline.measure.stream import batches
+from llm_streamline.measure.stream import WAY_OUT, batches
+from llm_streamline.memory_limits import Portions
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.closed_form import check_linear, output_scale, row_weights, solve_output_projection
@@ -68,6 +69,7 @@ def fit(
 
     Raises:
         ArchitectureError: if the network's output is not linear in its last map.
+        OutOfMemoryError: if not even one window fits.
     """
     if init == "closed_form":
         solve_output_projection(
@@ -82,37 +84,59 @@ def fit(
 # --- corrections of the stream: sums over pairs of states
 
 
-def _pairs(
-    model: nn.Module, plan: Plan, replacements: list[Replacement], index: int, windows: Windows, settings: FitSettings
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """State before the correction (N, d), the original's behind the span (N, d), weights (N,); all float64 or 32."""
+PairSums = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def _summed(
+    model: nn.Module,
+    plan: Plan,
+    replacements: list[Replacement],
+    index: int,
+    windows: Windows,
+    settings: FitSettings,
+    sums_of: PairSums,
+) -> tuple[Tensor, ...]:
+    """What `sums_of` makes of each batch, added up over all windows.
+
+    It is given the state before the correction (N, d), the original's behind the span (N, d), weights (N,); all float64
+    or 32.
+    """
     replacement = replacements[index]
     for parameter in replacement.map.parameters():
         parameter.zero_()  # the identity: what is measured is what the correction will be given
     resumed = edited_view(model, plan, replacements)
     device = next(replacement.map.parameters()).device
     stop = replacement.edit.stop
-    with progress_bar(f"fitting the {replacement.kind}", len(windows)) as bar:
+    precise = torch.float32 if device.type == "mps" else torch.float64
+
+    def measure(ids: Tensor) -> tuple[Tensor, ...]:
+        inputs = {"input_ids": ids}
+        states, _ = run_tapped(model, inputs, {resumed.at, stop}, stop)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
+            own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
+        target = states[stop].float()
+        weight = row_weights(target, settings.weighting)
+        state = own[replacement.out].flatten(0, 1).to(precise)
+        return sums_of(state, target.flatten(0, 1).to(precise), weight.flatten().to(precise))
+
+    title, total = f"fitting the {replacement.kind}", ()
+    portions = Portions(title, WAY_OUT)
+    with progress_bar(title, len(windows)) as bar:
         for _, ids in batches(windows, settings.batch_tokens, device):
-            inputs = {"input_ids": ids}
-            states, _ = run_tapped(model, inputs, {resumed.at, stop}, stop)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
-                own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
-            target = states[stop].float()
-            weight = row_weights(target, settings.weighting)
-            precise = torch.float32 if device.type == "mps" else torch.float64
-            state = own[replacement.out].flatten(0, 1).to(precise)
-            yield state, target.flatten(0, 1).to(precise), weight.flatten().to(precise)
+            for found in portions.run(ids, measure):
+                total = tuple(one + more for one, more in zip(total, found, strict=True)) if total else found
             bar.advance(len(ids))
+    return total
 
 
 @torch.no_grad()
 def _fit_mean(model, plan, replacements, index, windows, settings) -> None:
     """b = mean update of the span ("A deeper look at depth pruning", arXiv:2407.16286): the best constant."""
-    total, weights = 0.0, 0.0
-    for state, target, weight in _pairs(model, plan, replacements, index, windows, settings):
-        total = total + (weight.unsqueeze(1) * (target - state)).sum(dim=0)
-        weights = weights + weight.sum()
+
+    def sums_of(state: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return (weight.unsqueeze(1) * (target - state)).sum(dim=0), weight.sum()
+
+    total, weights = _summed(model, plan, replacements, index, windows, settings, sums_of)
     replacements[index].map.bias.copy_(total / weights)
 
 
@@ -122,10 +146,12 @@ def _fit_magnitude(model, plan, replacements, index, windows, settings) -> None:
 
     The first token of a window counts like any other, unless `skip_first` leaves it out: a ratio has no scale.
     """
-    total, count = 0.0, 0
-    for state, target, weight in _pairs(model, plan, replacements, index, windows, settings):
+
+    def sums_of(state: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ratio = target.norm(dim=1) / state.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        total, count = total + ratio[weight > 0].sum(), count + int((weight > 0).sum())
+        return ratio[weight > 0].sum(), (weight > 0).sum()
+
+    total, count = _summed(model, plan, replacements, index, windows, settings, sums_of)
     replacements[index].map.log_scale.copy_((total / count).log())
 
 
@@ -134,13 +160,15 @@ def _fit_hadamard(model, plan, replacements, index, windows, settings) -> None:
     """P = H D H', D the ratio of mean absolute values in the rotated basis H (LinearPatch, arXiv:2505.24680)."""
     patch = replacements[index].map.map.weight  # P - 1
     basis = rotation(len(patch)).to(patch.device)
-    after, before = 0.0, 0.0
-    for state, target, weight in _pairs(model, plan, replacements, index, windows, settings):
-        basis = basis.to(state)
+
+    def sums_of(state: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         share = weight.sqrt().unsqueeze(1)  # absolute values, where the weights are meant for squares
-        after = after + (share * (target @ basis).abs()).sum(dim=0)
-        before = before + (share * (state @ basis).abs()).sum(dim=0)
+        turned = basis.to(state)
+        return (share * (target @ turned).abs()).sum(dim=0), (share * (state @ turned).abs()).sum(dim=0)
+
+    after, before = _summed(model, plan, replacements, index, windows, settings, sums_of)
     ratio = after / before.clamp_min(torch.finfo(torch.float32).tiny)
+    basis = basis.to(ratio)
     patch.copy_(basis @ torch.diag(ratio - 1) @ basis.T)
 
 
@@ -168,19 +196,26 @@ def _fit_cosine(model, plan, replacements, index, windows, settings) -> None:
     adam = torch.optim.Adam([weight], lr=settings.learning_rate)
     scale = output_scale(model, replacement)
     device, stop = weight.device, replacement.edit.stop
+    portions = Portions("fitting by cosine", WAY_OUT)
+
+    @torch.no_grad()
+    def measure(ids: Tensor) -> tuple[Tensor, ...]:
+        seen.clear()  # what an attempt that failed has left
+        inputs = {"input_ids": ids}
+        states, _ = run_tapped(model, inputs, {resumed.at, stop}, stop)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
+            own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
+        a = seen["a"].float().flatten(0, -2)
+        target = states[stop].float()
+        share = row_weights(target, "skip_first" if settings.weighting == "skip_first" else "uniform")
+        rest = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
+        return a, target.flatten(0, 1), share.flatten(), rest
+
     with progress_bar("fitting by cosine", len(windows) * settings.epochs) as bar, _input_of(projection) as seen:
         for _ in range(settings.epochs):
             for _, ids in batches(windows, settings.batch_tokens, device):
-                inputs = {"input_ids": ids}
-                with torch.no_grad():
-                    states, _ = run_tapped(model, inputs, {resumed.at, stop}, stop)
-                    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
-                        own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
-                    a = seen["a"].float().flatten(0, -2)
-                    target = states[stop].float()
-                    share = row_weights(target, "skip_first" if settings.weighting == "skip_first" else "uniform")
-                    target, share = target.flatten(0, 1), share.flatten()
-                    rest = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
+                found = portions.run(ids, measure)  # joined again, so that Adam's steps stay the same
+                a, target, share, rest = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
                 for rows in torch.arange(len(a), device=device).split(_COSINE_BATCH):
                     found = rest[rows] + scale * a[rows] @ weight.T
                     cosine = nn.functional.cosine_similarity(found, target[rows], dim=-1)

@@ -15,6 +15,8 @@ from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.files import saving, sha256_of, write_json, write_tensors
 from llm_streamline.logs import get_logger
+from llm_streamline.measure.stream import WAY_OUT
+from llm_streamline.memory_limits import Portions
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.build import build_replacements
@@ -188,10 +190,10 @@ def _heldout_loss(
     device = model.get_input_embeddings().weight.device
     part = _first_tokens(validation, _TRIAL_TOKENS)
     per_batch = max(1, settings.batch_tokens // part.seq_len)
-    sums = []
+    sums, portions = [], Portions("comparing starts", WAY_OUT)
     for ids, mine in ranks.deal(part.batches(per_batch)):
-        total = float(student.token_losses(ids.to(device)).double().mean(dim=1).sum())
-        sums += [total] if mine else []
+        means = portions.run(ids.to(device), lambda ids: student.token_losses(ids).double().mean(dim=1))
+        sums += [float(torch.cat(means).sum())] if mine else []
     return sum(ranks.collected(sums)) / len(part)
 
 

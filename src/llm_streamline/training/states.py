@@ -26,6 +26,8 @@ from llm_streamline.errors import ConfigError
 from llm_streamline.files import check_room, saving, sha256_of, write_json, write_tensors
 from llm_streamline.logs import get_logger, progress_bar
 from llm_streamline.measure.partial import run_tapped
+from llm_streamline.measure.stream import WAY_OUT
+from llm_streamline.memory_limits import Portions
 from llm_streamline.sizes import as_size
 
 FORMAT = 1
@@ -147,14 +149,20 @@ def _compute(
     }
     device = model.get_input_embeddings().weight.device
     wanted = {request.enters, *request.leaves}
-    for start in range(0, len(ids_WT), per_batch):
-        ids = torch.as_tensor(ids_WT[start : start + per_batch]).to(device, torch.long)
+    portions = Portions("computing hidden states", WAY_OUT)
+
+    def fill(numbers: range) -> None:
+        rows = slice(numbers.start, numbers.stop)
+        ids = torch.as_tensor(ids_WT[rows]).to(device, torch.long)
         states, _ = run_tapped(model, {"input_ids": ids}, wanted, stop=max(wanted))
-        rows = slice(start, start + len(ids))
         tensors["input"][rows] = states[request.enters].cpu()
         for number, boundary in enumerate(request.leaves):
             tensors["targets"][rows, number] = states[boundary].cpu()
-        advance(len(ids))
+
+    for start in range(0, len(ids_WT), per_batch):
+        batch = range(len(ids_WT))[start : start + per_batch]
+        portions.run(batch, fill)
+        advance(len(batch))
     return tensors
 
 
