@@ -7,11 +7,13 @@ from disk takes the longer of reading and computing, because the next layer is f
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from llm_streamline.budget import Fit
+from llm_streamline.budget import Fit, ModelBytes
 from llm_streamline.config import Recipe
+from llm_streamline.handover import DiskRates, Handover, ProofWork, disk_rates, handover, proof_work, step_seconds
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.partial import run_tapped
 from llm_streamline.sizes import as_size
@@ -32,11 +34,18 @@ class Rates:
 
     layer_seconds: float  # one layer's forward over one token
     read_bytes_per_second: float
+    step_seconds: float  # one layer's forward over a step of three tokens
+    disk: DiskRates  # where the result is written
 
 
 @torch.inference_mode()
-def measure_rates(loaded: LoadedModel) -> Rates:
-    """Time two layers over one short window, and a read of part of the weight files past the page cache."""
+def measure_rates(loaded: LoadedModel, out: Path | None = None) -> Rates:
+    """Time two layers over one short window, and a read of part of the weight files past the page cache.
+
+    Args:
+        loaded: the model.
+        out: where a checkpoint will be written; None: nowhere, or it is not known yet.
+    """
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=loaded.device)
     times = []
     for _ in range(2):
@@ -44,7 +53,8 @@ def measure_rates(loaded: LoadedModel) -> Rates:
         states, _ = run_tapped(loaded.model, {"input_ids": ids}, stop=_PROBE_LAYERS)
         float(states[_PROBE_LAYERS].flatten()[0])  # waits for an accelerator
         times.append(time.perf_counter() - started)
-    return Rates(min(times) / (_PROBE_LAYERS * _PROBE_TOKENS), _read_rate(loaded))
+    per_token = min(times) / (_PROBE_LAYERS * _PROBE_TOKENS)
+    return Rates(per_token, _read_rate(loaded), step_seconds(loaded), disk_rates(out))
 
 
 def _read_rate(loaded: LoadedModel) -> float:
@@ -68,17 +78,11 @@ def pass_seconds(fit: Fit, rates: Rates, num_tokens: int, num_layers: float, bat
 
 
 def stage_seconds(fit: Fit, rates: Rates, recipe: Recipe, stages: tuple[str, ...]) -> dict[str, float]:
-    """Expected wall time of each of the stages, saving and proving not included."""
+    """Expected wall time of each of the stages; that of saving and proving is `saving_seconds`."""
     model, batch = fit.model, recipe.calibration.batch_tokens
-    head = model.vocabulary * model.width / model.layer_parameters
-    network = recipe.replacement.network()
+    head, network = _head(model), recipe.replacement.network()
     removed = recipe.target.layers or max(1, model.num_layers // 4)
-    if recipe.selection.span:
-        start, stop = recipe.selection.span
-    else:
-        start = (model.num_layers - removed) // 2
-        stop = start + removed + (network.num_layers_added if network else 0)
-    trained = network.num_layers_added if network else 0
+    start, stop, trained = _expected_span(model, recipe)
     above = model.num_layers - stop
     found: dict[str, float] = {}
 
@@ -118,10 +122,54 @@ def stage_seconds(fit: Fit, rates: Rates, recipe: Recipe, stages: tuple[str, ...
     return found
 
 
-def announce(loaded: LoadedModel, fit: Fit, stages: tuple[str, ...]) -> dict[str, float]:
-    """Say what the run will take: limit, peak, time of each stage. Returns the seconds by stage."""
-    rates = measure_rates(loaded)
+def saving_seconds(fit: Fit, rates: Rates, recipe: Recipe, work: ProofWork) -> Handover:
+    """Expected wall time of saving and proving.
+
+    Args:
+        fit: the run.
+        rates: of this machine.
+        recipe: target, span and network decide how large the result is.
+        work: of the proof.
+    """
+    model = fit.model
+    start, stop, added = _expected_span(model, recipe)
+    kept = model.num_layers - (stop - start) + added
+    streamed = kept * model.layer if fit.layers_on_disk else 0
+    disk = DiskRates(rates.disk.write, rates.read_bytes_per_second)
+    units = kept + _head(model)
+    num_bytes = model.rest + kept * model.layer
+    return handover(num_bytes, units, work, rates.layer_seconds, rates.step_seconds, disk, streamed)
+
+
+def _head(model: ModelBytes) -> float:
+    return model.vocabulary * model.width / model.layer_parameters
+
+
+def _expected_span(model: ModelBytes, recipe: Recipe) -> tuple[int, int, int]:
+    """Start and stop of the span that leaves, in the middle where it is not known yet, and layers put in its place."""
+    network = recipe.replacement.network()
+    added = network.num_layers_added if network else 0
+    if recipe.selection.span:
+        return *recipe.selection.span, added
+    removed = recipe.target.layers or max(1, model.num_layers // 4)
+    start = (model.num_layers - removed) // 2
+    return start, start + removed + added, added
+
+
+def announce(loaded: LoadedModel, fit: Fit, stages: tuple[str, ...], out: Path | None = None) -> dict[str, float]:
+    """Say what the run will take: limit, peak, time of each stage. Returns the seconds by stage.
+
+    Args:
+        loaded: the model.
+        fit: how it was fitted into the limit.
+        stages: those that will run.
+        out: where the result will be written.
+    """
+    rates = measure_rates(loaded, out if "save" in stages else None)
     seconds = stage_seconds(fit, rates, fit.recipe, stages)
+    if "save" in stages:
+        work = proof_work(loaded.model.config, fit.layers_on_disk)
+        seconds["save"] = saving_seconds(fit, rates, fit.recipe, work).seconds
     parts = [
         f"{stage} {as_size(fit.peaks[stage])}, {_duration(seconds[stage])}" for stage in stages if stage in seconds
     ]

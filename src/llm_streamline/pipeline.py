@@ -21,6 +21,7 @@ from llm_streamline.evaluation.material import check_config
 from llm_streamline.evaluation.result import Results
 from llm_streamline.evaluation.size import model_size
 from llm_streamline.forecast import announce
+from llm_streamline.handover import expected_handover
 from llm_streamline.ledger import key_of
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics
@@ -187,7 +188,7 @@ def apply_plan(
     recipe = recipe.model_copy(update={"quantization": "none"})  # nothing is measured or trained
     asked = recipe
     recipe, source, loaded = _begin_from_plan(plan, model, out, recipe, ("save",), with_text=False)
-    preview = _preview(loaded, plan, recipe, None)
+    preview = _preview(loaded, plan, recipe, None, Path(out))
     untrained = stages.Trained(stages.untrained(loaded, plan, recipe.seed), None, None)
     texts = ranks.from_main(partial(probe_texts, loaded.model, loaded.tokenizer))
     with opened(out, fresh, source) as run:
@@ -219,7 +220,7 @@ def train_replacement(
     recipe, source, loaded = _begin_from_plan(plan, model, out, recipe, ("start", "train", "save"))
     check_healing(loaded.model, recipe.training, has_network)
     stages.check_text(loaded, recipe)
-    preview = _preview(loaded, plan, recipe, None)
+    preview = _preview(loaded, plan, recipe, None, Path(out))
     with opened(out, fresh, source) as run:
         with run.taken_back_if_refused():
             windows = prepared(loaded, recipe, ("train", "validation"), run.folder, run.ledger)
@@ -296,7 +297,7 @@ def compress(
     ranks.from_main(lambda: check_config(recipe.evaluation))
     ranks.from_main(lambda: check_output(out, source=protected(source)))
     asked = recipe
-    recipe, loaded = _loaded(source, recipe, ALL_WORK)
+    recipe, loaded = _loaded(source, recipe, ALL_WORK, out=Path(out))
     stages.check_wishes(loaded, recipe)
     stages.check_text(loaded, recipe)
     with opened(out, fresh, source) as run:
@@ -315,7 +316,7 @@ def compress(
         stages.write_recipe(folder, asked)
         statistics = measured(loaded, windows["calibration"], recipe, folder, ledger)
         plan = decided(loaded, recipe, statistics, windows, folder, ledger)
-        preview = _preview(loaded, plan, recipe, statistics)
+        preview = _preview(loaded, plan, recipe, statistics, out)
         _announce(plan, preview)
         texts = ranks.from_main(partial(probe_texts, loaded.model, loaded.tokenizer))
         proof = trained_checkpoint(loaded, plan, recipe, windows, out, ledger, texts)
@@ -332,7 +333,7 @@ def compress(
 
 
 def _loaded(
-    source: ModelSource, recipe: Recipe, work: tuple[str, ...], plan: Plan | None = None
+    source: ModelSource, recipe: Recipe, work: tuple[str, ...], plan: Plan | None = None, out: Path | None = None
 ) -> tuple[Recipe, LoadedModel]:
     """The model, and the recipe as it will be run: with batch sizes that fit `max_memory`, when there is one."""
     wished = _as_planned(recipe, plan) if plan else recipe
@@ -341,7 +342,7 @@ def _loaded(
     recipe = settle_reach(recipe, loaded, wished.replacement.kind != "none")
     if fitted is None:
         return recipe, loaded
-    announce(loaded, fitted, work)
+    announce(loaded, fitted, work, out)
     sizes = {"calibration": fitted.recipe.calibration, "evaluation": fitted.recipe.evaluation}
     return recipe.model_copy(update=sizes), loaded
 
@@ -382,7 +383,7 @@ def _begin_from_plan(
     wishes = recipe.model_copy(update=no_wishes)
     ranks.main_first(lambda: stages.check_early(source, wishes, with_text=with_text))
     ranks.from_main(lambda: check_output(out, source=protected(source)))
-    recipe, loaded = _loaded(source, recipe, work, plan)
+    recipe, loaded = _loaded(source, recipe, work, plan, Path(out))
     plan.check_fits(stages.model_facts(loaded))
     for warning in plan_warnings(loaded.model.config, plan):
         log.warning("%s", warning)
@@ -398,7 +399,9 @@ def _check_needs_no_text(plan: Plan) -> None:
             )
 
 
-def _preview(loaded: LoadedModel, plan: Plan, recipe: Recipe, statistics: Statistics | None) -> Preview:
+def _preview(
+    loaded: LoadedModel, plan: Plan, recipe: Recipe, statistics: Statistics | None, out: Path | None = None
+) -> Preview:
     here = versions()
     same_machine = statistics and {k: v for k, v in statistics.info.machine.items() if k in ("platform", "cpus", "gpu")}
     if same_machine and all(here.get(name) == value for name, value in same_machine.items()):
@@ -407,6 +410,8 @@ def _preview(loaded: LoadedModel, plan: Plan, recipe: Recipe, statistics: Statis
         seconds = stages.time_layers(loaded, recipe)
     size = model_size(loaded.model)
     preview = preview_plan(loaded.model, size, plan, recipe.training, recipe.text.seq_len, seconds)
+    closing = expected_handover(loaded, plan, preview.weight_bytes[1], seconds, out)
+    preview = replace(preview, handover_seconds=vars(closing))
     if loaded.fitted is None or preview.peak_memory_bytes is None:
         return preview
     return replace(preview, peak_memory_bytes=loaded.fitted.training_peak(_as_planned(recipe, plan)))
@@ -418,6 +423,13 @@ def _announce(plan: Plan, preview: Preview) -> None:
         log.warning("%s", warning)
     if preview.train_seconds:
         log.info("training will take about %.0f minutes here", max(1, preview.train_seconds / 60))
+    if preview.handover_seconds:
+        log.info(
+            "saving and proving will take about %.0f seconds here: writing %.1f, a fresh process %.1f, loading %.1f, "
+            "its forwards %.1f",
+            sum(preview.handover_seconds.values()),
+            *(preview.handover_seconds[part] for part in ("write", "start", "reload", "forwards")),
+        )
 
 
 def _check_statistics(statistics: Statistics, loaded: LoadedModel) -> None:
@@ -440,4 +452,4 @@ def _found(out: Path, loaded: LoadedModel, recipe: Recipe) -> Outcome:
     plan = Plan.load(folder / "plan.json")
     statistics = Statistics.load(folder)
     results = Results.load(folder / "results.json")
-    return Outcome(out, plan, _preview(loaded, plan, recipe, statistics), results, None, folder / "report.html")
+    return Outcome(out, plan, _preview(loaded, plan, recipe, statistics, out), results, None, folder / "report.html")

@@ -23,8 +23,8 @@ PROMPTS = (
     "She opened the old wooden box and found",
     "To make a good cup of tea, first",
 )
-_NUM_NEW_TOKENS = 40
-_NUM_NEW_TOKENS_FROM_DISK = 16  # each new token reads all layers
+NUM_NEW_TOKENS = 40
+NUM_NEW_TOKENS_FROM_DISK = 16  # each new token reads all layers
 
 
 def probe_texts(
@@ -42,7 +42,7 @@ def probe_texts(
     from llm_streamline.offload import is_streamed
 
     if num_new_tokens is None:
-        num_new_tokens = _NUM_NEW_TOKENS_FROM_DISK if is_streamed(model) else _NUM_NEW_TOKENS
+        num_new_tokens = NUM_NEW_TOKENS_FROM_DISK if is_streamed(model) else NUM_NEW_TOKENS
     encoded = [list(tokenizer(prompt).input_ids) for prompt in prompts]
     longest = max(map(len, encoded), default=0)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 10**9
@@ -149,12 +149,7 @@ def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor", widen
     import torch
 
     result: dict[str, Any] = {"error": None, "window_not_passed": None, "batch": 3}
-    config = model.config.get_text_config(decoder=True)
-    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    window = max((w for w in windows if isinstance(w, int) and not isinstance(w, bool)), default=0)
-    limit = getattr(config, "max_position_embeddings", None) or 10**9
-    num_new = max(1, min(10, limit // 2))
-    longest = min(max(20, window + 4) if window <= 512 else 20, limit - num_new)
+    longest, num_new, window = cache_probe(model.config)
     if window >= longest + num_new:
         result["window_not_passed"] = window
     lengths = [longest, max(1, longest - 3), max(1, longest // 2)]
@@ -183,6 +178,16 @@ def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor", widen
         # tokens part at a tie within rounding; from there on the texts differ and cannot be compared
         together &= (new_cached[:, step] == new_plain[:, step]).cpu()
     return {**result, "difference": difference / scale if scale else difference}
+
+
+def cache_probe(config: Any) -> tuple[int, int, int]:
+    """Tokens of the longest sequence, steps generated after it, and the sliding window that they should pass."""
+    config = config.get_text_config(decoder=True)
+    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    window = max((w for w in windows if isinstance(w, int) and not isinstance(w, bool)), default=0)
+    limit = getattr(config, "max_position_embeddings", None) or 10**9
+    num_new = max(1, min(10, limit // 2))
+    return min(max(20, window + 4) if window <= 512 else 20, limit - num_new), num_new, window
 
 
 def _float32_fits(model: "PreTrainedModel") -> bool:

@@ -135,12 +135,18 @@ def test_the_preview_of_a_plan():
         train_tokens=262_144,
         train_seconds=231.4,
         peak_memory_bytes=1_400_000_000,
+        handover_seconds={"write": 0.5, "start": 6.0, "reload": 0.25, "forwards": 2.0},
     )
     text = printed(plan_table(plan(), full))
     assert "30 -> 21 layers" in text
     assert "−23.7 %" in text
     assert "3 min 51 s" in text
     assert "1.40 GB" in text
+    (saving,) = (line for line in text.splitlines() if line.startswith("saving here"))
+    (proof,) = (line for line in text.splitlines() if line.startswith("proof here"))
+    assert "500.0 ms" in saving
+    assert "8.2 s" in proof
+    assert "evaluating are not in these times" in " ".join(text.split())
     assert "decode speed" not in text
     assert "parameters" not in printed(plan_table(plan()))
 

@@ -37,12 +37,19 @@ class Preview:
     train_tokens: int | None = None
     train_flops: float | None = None
     train_seconds: float | None = None  # on this machine
+    handover_seconds: dict[str, float] | None = None  # on this machine: write, start, reload, forwards
     peak_memory_bytes: int | None = None
 
 
 def _text(content: str, style: str = "") -> Text:
     # never markup, for names may hold square brackets; never control codes, for models may write them
     return Text(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", words.plain(content)), style=style)
+
+
+TIMES_HOLD = (
+    "Training holds its validations, saving the writing and checking of the files, the proof a fresh process, loading "
+    "and its forwards. Measuring, choosing, fitting a start and evaluating are not in these times."
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,13 @@ def plan_table(plan: Plan, preview: Preview | None = None) -> Group:
         value = getattr(preview, key, None)
         if value is not None:
             table.add_row(label, "", _text(show(value)), "")
+    parts = getattr(preview, "handover_seconds", None)
+    if parts is not None:
+        table.add_row("saving here, about", "", _text(words.duration(parts["write"])), "")
+        proof = sum(parts.values()) - parts["write"]
+        table.add_row("proof here, about", "", _text(words.duration(proof)), "")
+        table.caption = _text(TIMES_HOLD, "dim")
+        table.caption_justify = "left"
     return Group(_text(plan.describe(), "bold"), table)
 
 
