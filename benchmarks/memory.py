@@ -11,6 +11,7 @@
   batches drawn evenly from all of them. Not the whole training: what could grow with the tokens is all there.
 
 A part that misses its target makes the exit code 1. Peaks are sampled 50 times a second over all processes of a run.
+Results go to `memory.json`, of shapes other than 7b to `memory-SHAPE.json`.
 """
 
 import argparse
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the checkpoint and the runs go; default: a temporary folder")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens of `analyze`")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint and the runs")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -67,7 +69,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
     from llm_streamline.runtime import versions
 
-    _write({**result, "machine": versions()})
+    _write({**result, "machine": versions()}, arguments.out)
     if not all(found["ok"] for found in result["parts"].values()):
         sys.exit(1)
 
@@ -242,9 +244,8 @@ _CHILDREN = {"pass": _pass_child, "tokens": _tokens_child}
 # --- results
 
 
-def _write(result: dict) -> None:
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
+def _write(result: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     name = "memory" if result["shape"] == "7b" else f"memory-{result['shape']}"
     if (folder / f"{name}.json").is_file():  # parts may be measured one call at a time
         before = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["parts"]

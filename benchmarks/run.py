@@ -9,10 +9,14 @@ Each benchmark is a script beside this one and writes its own results file; the 
 that carry over to other machines, go into results/bench.json with date, machine and versions, one entry a run. A figure
 that is more than 20 % worse than in the last run of the same budget is a regression. Without files, text that Python
 itself carries is used.
+
+What the scripts leave of their runs lies in WORK/bench-runs-BUDGET. It is removed when its script is done, because a
+run that is found finished is not measured again; after a crash the same call goes on where it was.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -36,23 +40,22 @@ QUALITY_TOKENS = {"quick": 16_384, "full": 262_144}
 class Benchmark:
     """One script: what it is called with, and the figures to be found in its results file.
 
-    The file has the script's name and lies in the folder given by --out, unless `file` tells another one: then the
-    script chooses the place itself.
+    The file lies in the folder given by --out and has the script's name, unless `file` tells another one.
     """
 
     name: str
     arguments: Callable[["Settings"], list[str]]
     figures: tuple[Figure, ...]
-    file: Callable[["Settings"], Path] | None = None
+    file: Callable[["Settings"], str] | None = None
 
     def result(self, settings: "Settings") -> Path:
         """The results file."""
-        return self.file(settings) if self.file else settings.out / f"{self.name}.json"
+        return settings.out / (self.file(settings) if self.file else f"{self.name}.json")
 
     def command(self, settings: "Settings") -> list[str]:
         """What is run."""
-        out = [] if self.file else ["--out", str(settings.out)]
-        return [sys.executable, str(HERE / f"{self.name}.py"), *self.arguments(settings), *out]
+        script = str(HERE / f"{self.name}.py")
+        return [sys.executable, script, *self.arguments(settings), "--out", str(settings.out)]
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Settings:
     evaluate: str
     tasks: list[str]
     quality_tokens: int
-    work: Path
+    work: Path  # what the runs leave until their script is done
     out: Path
 
 
@@ -192,7 +195,7 @@ BENCHMARKS = (
             Figure("streamed pass / longer of reading and computing", _at("parts", "pass", "ratio")),
             Figure("memory, 1M training tokens / 50k", _at("parts", "tokens", "ratio")),
         ),
-        file=lambda s: HERE / "results" / f"memory-{_memory_shape(s)}.json",
+        file=lambda s: f"memory-{_memory_shape(s)}.json",
     ),
     Benchmark(
         "kill",
@@ -256,6 +259,7 @@ def run_all(benchmarks: list[Benchmark], settings: Settings) -> tuple[dict[str, 
             notes[benchmark.name] = f"failed: exit code {code}" if code else f"failed: it wrote no {result.name}"
             continue
         notes[benchmark.name] = "ok"
+        shutil.rmtree(settings.work / benchmark.name, ignore_errors=True)
         found = json.loads(result.read_text(encoding="utf-8"))
         for figure in benchmark.figures:
             if (value := figure.find(found)) is not None:
@@ -327,7 +331,7 @@ def _parse() -> tuple[Settings, list[str]]:
         evaluate=evaluate,
         tasks=given.tasks or [f"continuation:{evaluate}"],
         quality_tokens=given.quality_tokens or QUALITY_TOKENS[budget],
-        work=given.work,
+        work=given.work / f"bench-runs-{budget}",
         out=out,
     )
     return settings, [name for name in given.only if name not in given.skip]

@@ -18,6 +18,7 @@ import torch
 from speed import random_windows
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llm_streamline import ranks
 from llm_streamline.arch import get_layers
 from llm_streamline.config import Recipe, load_recipe
 from llm_streamline.evaluation.logits import LogitReader
@@ -143,9 +144,11 @@ def run_training(model: torch.nn.Module, task: Task) -> Callable[[], object]:
     windows, held_out = random_windows(model, training.tokens), random_windows(model, training.validation_tokens)
 
     def run() -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as own:
+            folder = ranks.from_main(lambda: own)  # several processes train into one folder
             student = Student(model, plan, build_replacements(model, plan), training)
             train_student(student, training, windows, held_out, Path(folder), 0)
+            ranks.from_main(lambda: None)  # nobody writes there any more
 
     return run
 

@@ -128,6 +128,24 @@ def test_scripts_are_run_and_their_figures_found(tmp_path, monkeypatch, script, 
     assert found == figures
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_finished_run_is_measured_anew_and_a_crashed_one_goes_on(tmp_path, monkeypatch, code):
+    """A script that finds its run finished would give the figures of the last time."""
+    (tmp_path / "out").mkdir()
+    place = tmp_path / "work" / "fake" / "done"
+    script = f"""import json, pathlib, sys
+    place = pathlib.Path({str(place)!r})
+    found = place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    json.dump({{"a": {{"b": float(found)}}}}, open(sys.argv[3] + "/fake.json", "w"))
+    sys.exit({code})""".replace("\n    ", "\n")
+    (tmp_path / "fake.py").write_text(script)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    figures = [run.run_all(list(FAKES), settings(tmp_path))[0] for _ in range(2)]
+    assert figures == ([{"slow": 0.0}] * 2 if code == 0 else [{}] * 2)
+    assert place.exists() == bool(code)
+
+
 def test_a_script_that_is_missing_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "HERE", tmp_path)
     _, notes = run.run_all(list(FAKES), settings(tmp_path))
@@ -149,15 +167,16 @@ def test_every_benchmark_is_called_with_options_that_it_has(tmp_path, quick):
         script = FOLDER / f"{benchmark.name}.py"
         if script.is_file():
             code = script.read_text()
-            for word in benchmark.command(given)[2:]:
+            words = benchmark.command(given)[2:]
+            assert "--out" in words
+            for word in words:
                 assert not word.startswith("--") or f'"{word}"' in code, (benchmark.name, word)
 
 
-def test_a_script_may_choose_its_file(tmp_path):
+def test_a_results_file_may_have_another_name(tmp_path):
     by_name = {benchmark.name: benchmark for benchmark in run.BENCHMARKS}
     memory = by_name["memory"]
-    assert "--out" not in memory.command(settings(tmp_path))
-    assert memory.result(settings(tmp_path)).name == "memory-0.05b.json"
+    assert memory.result(settings(tmp_path)) == tmp_path / "out" / "memory-0.05b.json"
     parts = {"analyze": {"peak_bytes": 3, "target_bytes": 4}, "pass": {"ratio": 1.2}}
     assert [figure.find({"parts": parts}) for figure in memory.figures] == [0.75, None, None, 1.2, None]
 

@@ -13,9 +13,17 @@ import torch
 
 from llm_streamline.budget import Fit, ModelBytes
 from llm_streamline.config import Recipe
-from llm_streamline.handover import DiskRates, Handover, ProofWork, disk_rates, handover, proof_work, step_seconds
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.partial import run_tapped
+from llm_streamline.saving_time import (
+    DiskRates,
+    ProofWork,
+    SavingTime,
+    disk_rates,
+    proof_work,
+    saving_time,
+    step_seconds,
+)
 from llm_streamline.sizes import as_size
 from llm_streamline.sources import LoadedModel, model_folder
 from llm_streamline.weights import read_weights
@@ -122,7 +130,7 @@ def stage_seconds(fit: Fit, rates: Rates, recipe: Recipe, stages: tuple[str, ...
     return found
 
 
-def saving_seconds(fit: Fit, rates: Rates, recipe: Recipe, work: ProofWork) -> Handover:
+def saving_seconds(fit: Fit, rates: Rates, recipe: Recipe, work: ProofWork) -> SavingTime:
     """Expected wall time of saving and proving.
 
     Args:
@@ -138,7 +146,7 @@ def saving_seconds(fit: Fit, rates: Rates, recipe: Recipe, work: ProofWork) -> H
     disk = DiskRates(rates.disk.write, rates.read_bytes_per_second)
     units = kept + _head(model)
     num_bytes = model.rest + kept * model.layer
-    return handover(num_bytes, units, work, rates.layer_seconds, rates.step_seconds, disk, streamed)
+    return saving_time(num_bytes, units, work, rates.layer_seconds, rates.step_seconds, disk, streamed)
 
 
 def _head(model: ModelBytes) -> float:

@@ -21,7 +21,6 @@ from llm_streamline.evaluation.material import check_config
 from llm_streamline.evaluation.result import Results
 from llm_streamline.evaluation.size import model_size
 from llm_streamline.forecast import announce
-from llm_streamline.handover import expected_handover
 from llm_streamline.ledger import key_of
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics
@@ -51,6 +50,7 @@ from llm_streamline.resume import (
 from llm_streamline.run_folder import command_line, finish, opened, protected
 from llm_streamline.runtime import versions
 from llm_streamline.runtimes import plan_warnings
+from llm_streamline.saving_time import expected_saving_time
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 from llm_streamline.training.heal import check_healing
 from llm_streamline.training.reach import settle_reach
@@ -410,8 +410,8 @@ def _preview(
         seconds = stages.time_layers(loaded, recipe)
     size = model_size(loaded.model)
     preview = preview_plan(loaded.model, size, plan, recipe.training, recipe.text.seq_len, seconds)
-    closing = expected_handover(loaded, plan, preview.weight_bytes[1], seconds, out)
-    preview = replace(preview, handover_seconds=vars(closing))
+    closing = expected_saving_time(loaded, plan, preview.weight_bytes[1], seconds, out)
+    preview = replace(preview, saving_seconds=vars(closing))
     if loaded.fitted is None or preview.peak_memory_bytes is None:
         return preview
     return replace(preview, peak_memory_bytes=loaded.fitted.training_peak(_as_planned(recipe, plan)))
@@ -423,12 +423,12 @@ def _announce(plan: Plan, preview: Preview) -> None:
         log.warning("%s", warning)
     if preview.train_seconds:
         log.info("training will take about %.0f minutes here", max(1, preview.train_seconds / 60))
-    if preview.handover_seconds:
+    if preview.saving_seconds:
         log.info(
             "saving and proving will take about %.0f seconds here: writing %.1f, a fresh process %.1f, loading %.1f, "
             "its forwards %.1f",
-            sum(preview.handover_seconds.values()),
-            *(preview.handover_seconds[part] for part in ("write", "start", "reload", "forwards")),
+            sum(preview.saving_seconds.values()),
+            *(preview.saving_seconds[part] for part in ("write", "start", "reload", "forwards")),
         )
 
 

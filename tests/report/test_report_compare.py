@@ -135,7 +135,7 @@ def test_the_preview_of_a_plan():
         train_tokens=262_144,
         train_seconds=231.4,
         peak_memory_bytes=1_400_000_000,
-        handover_seconds={"write": 0.5, "start": 6.0, "reload": 0.25, "forwards": 2.0},
+        saving_seconds={"write": 0.5, "start": 6.0, "reload": 0.25, "forwards": 2.0},
     )
     text = printed(plan_table(plan(), full))
     assert "30 -> 21 layers" in text

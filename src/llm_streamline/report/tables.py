@@ -37,7 +37,7 @@ class Preview:
     train_tokens: int | None = None
     train_flops: float | None = None
     train_seconds: float | None = None  # on this machine
-    handover_seconds: dict[str, float] | None = None  # on this machine: write, start, reload, forwards
+    saving_seconds: dict[str, float] | None = None  # on this machine: write, start, reload, forwards
     peak_memory_bytes: int | None = None
 
 
@@ -145,7 +145,7 @@ def plan_table(plan: Plan, preview: Preview | None = None) -> Group:
         value = getattr(preview, key, None)
         if value is not None:
             table.add_row(label, "", _text(show(value)), "")
-    parts = getattr(preview, "handover_seconds", None)
+    parts = getattr(preview, "saving_seconds", None)
     if parts is not None:
         table.add_row("saving here, about", "", _text(words.duration(parts["write"])), "")
         proof = sum(parts.values()) - parts["write"]

@@ -8,28 +8,28 @@ from folders import tiny_folder
 from plans import replacing
 from tiny import tiny_model, tiny_tokens
 
-from llm_streamline import handover as module
+from llm_streamline import saving_time as module
 from llm_streamline.arch import get_layers
 from llm_streamline.budget import fit
 from llm_streamline.config import load_recipe
 from llm_streamline.forecast import announce, measure_rates, saving_seconds
-from llm_streamline.handover import (
+from llm_streamline.reload import NUM_NEW_TOKENS, PROMPTS, _compare_cache, logits_of
+from llm_streamline.saving_time import (
     STATED_DISK,
     DiskRates,
     ProofWork,
     disk_rates,
-    expected_handover,
-    handover,
+    expected_saving_time,
     proof_work,
+    saving_time,
 )
-from llm_streamline.reload import NUM_NEW_TOKENS, PROMPTS, _compare_cache, logits_of
 from llm_streamline.sources import load_model, resolve_model
 
 DISK = DiskRates(write=100.0, read=1000.0)
 
 
 def test_the_parts_add_up():
-    found = handover(2000, 5.0, ProofWork(tokens=100, steps=10, passes=30), 0.01, 0.2, DISK)
+    found = saving_time(2000, 5.0, ProofWork(tokens=100, steps=10, passes=30), 0.01, 0.2, DISK)
     assert found.write == pytest.approx(2000 / 100 + 2000 / 1000)
     assert found.reload == pytest.approx(2000 / 1000)
     assert found.forwards == pytest.approx(5 * (100 * 0.01 + 10 * 0.2))
@@ -40,7 +40,7 @@ def test_the_parts_add_up():
 
 def test_layers_that_stay_on_disk_are_read_in_every_pass():
     work = ProofWork(tokens=100, steps=10, passes=30)
-    found = handover(2000, 5.0, work, 1e-9, 1e-9, DISK, streamed_bytes=1500)
+    found = saving_time(2000, 5.0, work, 1e-9, 1e-9, DISK, streamed_bytes=1500)
     assert found.forwards == pytest.approx(30 * 1500 / 1000)
     assert found.reload == pytest.approx(500 / 1000)
     assert found.write == pytest.approx(2000 / 100 + 3500 / 1000)
@@ -90,7 +90,7 @@ def test_a_disk_that_cannot_be_written_or_is_not_known_has_stated_rates(tmp_path
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return resolve_model(tiny_folder(tmp_path_factory.mktemp("handover")))
+    return resolve_model(tiny_folder(tmp_path_factory.mktemp("saving_time")))
 
 
 def test_a_plan_is_told_what_its_checkpoint_takes(source, tmp_path, monkeypatch):
@@ -98,11 +98,11 @@ def test_a_plan_is_told_what_its_checkpoint_takes(source, tmp_path, monkeypatch)
     monkeypatch.setattr(module, "step_seconds", lambda _: 2e-3)
     monkeypatch.setattr(module, "disk_rates", lambda _: DISK)
     plan, num_bytes = replacing(loaded.model, 1, 3), 10_000
-    found = expected_handover(loaded, plan, num_bytes, 1e-3, tmp_path)
+    found = expected_saving_time(loaded, plan, num_bytes, 1e-3, tmp_path)
     layer = sum(p.numel() for p in get_layers(loaded.model)[0].parameters())
     units = plan.num_layers_after + loaded.model.lm_head.weight.numel() / layer
     work = proof_work(loaded.model.config, from_disk=False)
-    assert found == handover(num_bytes, units, work, 1e-3, 2e-3, DISK)
+    assert found == saving_time(num_bytes, units, work, 1e-3, 2e-3, DISK)
 
 
 def test_within_a_limit_saving_and_proof_are_announced(source, tmp_path, caplog):

@@ -47,7 +47,7 @@ class ProofWork:
 
 
 @dataclass(frozen=True)
-class Handover:
+class SavingTime:
     """Seconds by part."""
 
     write: float  # the weights, and their reading back for the checksum
@@ -133,7 +133,7 @@ def proof_work(config: Any, from_disk: bool) -> ProofWork:
     )
 
 
-def handover(
+def saving_time(
     num_bytes: int,
     units: float,
     work: ProofWork,
@@ -141,7 +141,7 @@ def handover(
     seconds_per_step: float,
     disk: DiskRates,
     streamed_bytes: int = 0,
-) -> Handover:
+) -> SavingTime:
     """Put the estimate together.
 
     Args:
@@ -154,7 +154,7 @@ def handover(
         streamed_bytes: of the layers, where they stay on disk and every pass reads them.
     """
     computing = units * (work.tokens * layer_seconds + work.steps * seconds_per_step)
-    return Handover(
+    return SavingTime(
         write=num_bytes / disk.write + (num_bytes + streamed_bytes) / disk.read,
         start=START_SECONDS,
         reload=(num_bytes - streamed_bytes) / disk.read,
@@ -162,9 +162,9 @@ def handover(
     )
 
 
-def expected_handover(
+def expected_saving_time(
     loaded: "LoadedModel", plan: "Plan", num_bytes: int, layer_seconds: float, out: Path | None
-) -> Handover:
+) -> SavingTime:
     """What saving and proving the model that `plan` leaves will take here.
 
     Args:
@@ -183,7 +183,7 @@ def expected_handover(
     head = num_numbers(model.get_output_embeddings().weight) / per_layer
     on_disk = is_streamed(model)
     streamed = round(plan.num_layers_after * per_layer * model.dtype.itemsize) if on_disk else 0
-    return handover(
+    return saving_time(
         num_bytes,
         plan.num_layers_after + head,
         proof_work(model.config, on_disk),
