@@ -140,6 +140,8 @@ def test_the_answer_tells_plan_proof_results_and_report(done):
     assert plan.selection.margin.quantity == "heldout_loss"
     assert len(plan.selection.candidates) == 2
     assert answer["proof"]
+    assert set(answer["preview"]["saving_seconds"]) == {"write", "start", "reload", "forwards"}
+    assert min(answer["preview"]["saving_seconds"].values()) > 0
     assert answer["results"]["comparisons"]
     assert answer["report"] == str(out / "streamline" / "report.html")
 
