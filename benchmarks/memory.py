@@ -214,18 +214,19 @@ def _tokens_child(folder: str, tokens: str) -> dict:
     """Windows for so many tokens, then a few steps on batches from all over them."""
     import torch
 
-    from llm_streamline import stages
     from llm_streamline.config import load_recipe
     from llm_streamline.plan import Network, Plan, Replace
     from llm_streamline.replacements.build import build_replacements
     from llm_streamline.sources import resolve_model
+    from llm_streamline.stages.original import load_original, model_facts
+    from llm_streamline.stages.windows import make_windows
     from llm_streamline.training.student import Student
 
     recipe = load_recipe(None, {"training.tokens": tokens, "training.objective": "mse"})
-    loaded = stages.load_original(resolve_model("demo"), recipe)
-    windows = stages.make_windows(loaded, recipe, ("train",), Path(folder))["train"]
+    loaded = load_original(resolve_model("demo"), recipe)
+    windows = make_windows(loaded, recipe, ("train",), Path(folder))["train"]
     edit = Replace(start=12, stop=19, network=Network(kind="layer"), templates=(12,))
-    plan = Plan(model=stages.model_facts(loaded), edits=(edit,))
+    plan = Plan(model=model_facts(loaded), edits=(edit,))
     student = Student(loaded.model, plan, build_replacements(loaded.model, plan), recipe.training)
     optimiser = torch.optim.AdamW(student.parameters(), lr=1e-4)
     batch = recipe.training.per_device_train_batch_size

@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from llm_streamline import proof, ranks, stages
+from llm_streamline import proof, ranks
 from llm_streamline.cli import main
 from llm_streamline.errors import NumericsError
 from llm_streamline.reload import answer
+from llm_streamline.stages import measure
 
 
 def _answer_here(command, **_):
@@ -26,5 +27,5 @@ def _failing(*_, **__):
 if __name__ == "__main__":
     proof.subprocess.run = _answer_here
     if os.environ.get("FAIL_RANK") == str(ranks.rank()):
-        stages.observe = _failing
+        measure.observe = _failing
     main()

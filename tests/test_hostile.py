@@ -18,7 +18,7 @@ from llm_streamline.errors import StreamlineError
 from llm_streamline.export.stream import stream_plan
 from llm_streamline.plan import Plan, Remove
 from llm_streamline.sources import load_config, load_skeleton, resolve_model
-from llm_streamline.stages import facts_of
+from llm_streamline.stages.original import facts_of
 from llm_streamline.surgery import apply_plan
 from llm_streamline.weights import INDEX_FILE, SINGLE_FILE, read_weights
 

@@ -17,7 +17,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm_streamline
-from llm_streamline import pipeline, proof, resume
+from llm_streamline import pipeline, proof
 from llm_streamline.arch import get_layers
 from llm_streamline.cli import main
 from llm_streamline.config import Recipe, load_recipe
@@ -27,6 +27,7 @@ from llm_streamline.output import is_complete, read_manifest
 from llm_streamline.pipeline import analyze, apply_plan, compress, evaluate, make_plan, train_replacement
 from llm_streamline.plan import Plan
 from llm_streamline.reload import answer
+from llm_streamline.stages import prove
 
 LAYERS = 6
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wise owls watch from an old oak tree"
@@ -373,14 +374,14 @@ def test_a_checkpoint_that_fails_its_proof_is_no_finished_run(place, tmp_path, m
     plan, _ = make_plan(
         str(place / "model"), recipe_of(place, **{"selection.span": (1, 3), "replacement.kind": "none"})
     )
-    save = resume.save_checkpoint
+    save = prove.save_checkpoint
 
     def damaging(model, *args, **kwargs):
         path = save(model, *args, **kwargs)
         get_layers(model)[0].mlp.up_proj.weight.mul_(2)  # what is in memory is not what was saved
         return path
 
-    monkeypatch.setattr(resume, "save_checkpoint", damaging)
+    monkeypatch.setattr(prove, "save_checkpoint", damaging)
     with pytest.raises(ProofError):
         apply_plan(plan, str(place / "model"), tmp_path / "out")
     assert not is_complete(tmp_path / "out")

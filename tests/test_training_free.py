@@ -120,7 +120,7 @@ def test_what_is_fitted_to_text_is_not_applied_without_it(place):
 
 def test_a_method_brings_its_network_unless_the_user_names_one(place):
     from llm_streamline.config import Recipe
-    from llm_streamline.stages import settled
+    from llm_streamline.stages.wishes import settled
 
     def kind(method, **replacement):
         recipe = Recipe.model_validate({"selection": {"method": method}, "replacement": replacement})

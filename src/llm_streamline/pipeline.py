@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from llm_streamline import ranks, stages
+from llm_streamline import ranks
 from llm_streamline.budget import ALL_WORK, fit
 from llm_streamline.checkpoint import probe_texts
 from llm_streamline.config import Recipe, load_recipe
@@ -40,18 +40,26 @@ from llm_streamline.resume import (
     STAGES,
     decided,
     evaluated,
-    evaluation_wanted,
-    install_and_prove,
     measured,
     prepared,
     trained_checkpoint,
     window_hashes,
 )
-from llm_streamline.run_folder import command_line, finish, opened, protected
+from llm_streamline.run_folder import command_line, finish, opened, protected, write_recipe
 from llm_streamline.runtime import versions
 from llm_streamline.runtimes import plan_warnings
 from llm_streamline.saving_time import expected_saving_time
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
+from llm_streamline.stages.checks import check_early, check_text, check_wishes
+from llm_streamline.stages.decide import decide
+from llm_streamline.stages.evaluate import evaluation_wanted
+from llm_streamline.stages.measure import measure, time_layers
+from llm_streamline.stages.original import load_original, model_facts
+from llm_streamline.stages.prove import install_and_prove
+from llm_streamline.stages.start import untrained
+from llm_streamline.stages.train import Trained
+from llm_streamline.stages.windows import make_windows
+from llm_streamline.stages.wishes import settled
 from llm_streamline.training.heal import check_healing
 from llm_streamline.training.reach import settle_reach
 from llm_streamline.without_weights import apply_on_files, preview_without_weights, read_slices
@@ -86,10 +94,10 @@ def analyze(model: str, out: str | Path, recipe: Recipe | None = None, *, fresh:
     recipe = recipe or Recipe()
     ranks.start(recipe.device)
     source = ranks.main_first(lambda: resolve_model(model))
-    ranks.main_first(lambda: stages.check_early(source, recipe))
+    ranks.main_first(lambda: check_early(source, recipe))
     ranks.from_main(lambda: check_output(out, source=protected(source)))
     recipe, loaded = _loaded(source, recipe, ("measure",))
-    stages.check_text(loaded, recipe)
+    check_text(loaded, recipe)
     with opened(out, fresh, source) as run:
         with run.taken_back_if_refused():
             windows = prepared(loaded, recipe, ("calibration",), run.folder, run.ledger)
@@ -110,21 +118,21 @@ def make_plan(
     Raises:
         StreamlineError: whatever is wrong, before the slow work.
     """
-    recipe = stages.settled(recipe or Recipe())
+    recipe = settled(recipe or Recipe())
     ranks.start(recipe.device)
     source = ranks.main_first(lambda: resolve_model(model))
-    ranks.main_first(lambda: stages.check_early(source, recipe))
+    ranks.main_first(lambda: check_early(source, recipe))
     statistics = Statistics.load(stats) if stats else None
     if out is not None:
         ranks.from_main(lambda: _check_plan_file(Path(out)))
     recipe, loaded = _loaded(source, recipe, ("verify",) if statistics else ("measure", "verify"))
     if statistics:
         _check_statistics(statistics, loaded)
-    stages.check_wishes(loaded, recipe)
-    windows = stages.make_windows(loaded, recipe, ("calibration", "train", "validation"), None)
+    check_wishes(loaded, recipe)
+    windows = make_windows(loaded, recipe, ("calibration", "train", "validation"), None)
     if statistics is None:
-        statistics = stages.measure(loaded, windows["calibration"], recipe)
-    plan = stages.decide(loaded, recipe, statistics, windows)
+        statistics = measure(loaded, windows["calibration"], recipe)
+    plan = decide(loaded, recipe, statistics, windows)
     if out is not None:
         write_text(Path(out), plan.to_json())
     return plan, _preview(loaded, plan, recipe, statistics)
@@ -189,12 +197,12 @@ def apply_plan(
     asked = recipe
     recipe, source, loaded = _begin_from_plan(plan, model, out, recipe, ("save",), with_text=False)
     preview = _preview(loaded, plan, recipe, None, Path(out))
-    untrained = stages.Trained(stages.untrained(loaded, plan, recipe.seed), None, None)
+    networks = Trained(untrained(loaded, plan, recipe.seed), None, None)
     texts = ranks.from_main(partial(probe_texts, loaded.model, loaded.tokenizer))
     with opened(out, fresh, source) as run:
         with run.taken_back_if_refused():
             remove_manifest(run.out)
-            proof = install_and_prove(loaded, plan, untrained, run.out, texts)
+            proof = install_and_prove(loaded, plan, networks, run.out, texts)
         finish(run.out, plan, asked, loaded.source, {"stage": "apply"})
     return Outcome(run.out, plan, preview, None, proof, None)
 
@@ -219,7 +227,7 @@ def train_replacement(
     asked = recipe
     recipe, source, loaded = _begin_from_plan(plan, model, out, recipe, ("start", "train", "save"))
     check_healing(loaded.model, recipe.training, has_network)
-    stages.check_text(loaded, recipe)
+    check_text(loaded, recipe)
     preview = _preview(loaded, plan, recipe, None, Path(out))
     with opened(out, fresh, source) as run:
         with run.taken_back_if_refused():
@@ -290,16 +298,16 @@ def compress(
         StreamlineError: whatever is wrong with model, text, target or folder, before the slow work.
         ProofError: the saved checkpoint does not behave like the model in memory.
     """
-    recipe = stages.settled(recipe or Recipe())
+    recipe = settled(recipe or Recipe())
     ranks.start(recipe.device)
     source = ranks.main_first(lambda: resolve_model(model))
-    ranks.main_first(lambda: stages.check_early(source, recipe))
+    ranks.main_first(lambda: check_early(source, recipe))
     ranks.from_main(lambda: check_config(recipe.evaluation))
     ranks.from_main(lambda: check_output(out, source=protected(source)))
     asked = recipe
     recipe, loaded = _loaded(source, recipe, ALL_WORK, out=Path(out))
-    stages.check_wishes(loaded, recipe)
-    stages.check_text(loaded, recipe)
+    check_wishes(loaded, recipe)
+    check_text(loaded, recipe)
     with opened(out, fresh, source) as run:
         out, folder, ledger = run.out, run.folder, run.ledger
         with run.taken_back_if_refused():
@@ -313,7 +321,7 @@ def compress(
             log.info("%s holds this very run already, finished; --fresh starts over", out)
             return _found(out, loaded, recipe)
         remove_manifest(out)
-        stages.write_recipe(folder, asked)
+        write_recipe(folder, asked)
         statistics = measured(loaded, windows["calibration"], recipe, folder, ledger)
         plan = decided(loaded, recipe, statistics, windows, folder, ledger)
         preview = _preview(loaded, plan, recipe, statistics, out)
@@ -338,7 +346,7 @@ def _loaded(
     """The model, and the recipe as it will be run: with batch sizes that fit `max_memory`, when there is one."""
     wished = _as_planned(recipe, plan) if plan else recipe
     fitted = ranks.from_main(lambda: fit(source, wished, work))  # one batch size for all processes
-    loaded = stages.load_original(source, recipe, fitted)
+    loaded = load_original(source, recipe, fitted)
     recipe = settle_reach(recipe, loaded, wished.replacement.kind != "none")
     if fitted is None:
         return recipe, loaded
@@ -381,10 +389,10 @@ def _begin_from_plan(
     source = ranks.main_first(lambda: resolve_model(model))
     no_wishes = {"target": type(recipe.target)(), "selection": type(recipe.selection)()}  # the plan is the wish
     wishes = recipe.model_copy(update=no_wishes)
-    ranks.main_first(lambda: stages.check_early(source, wishes, with_text=with_text))
+    ranks.main_first(lambda: check_early(source, wishes, with_text=with_text))
     ranks.from_main(lambda: check_output(out, source=protected(source)))
     recipe, loaded = _loaded(source, recipe, work, plan, Path(out))
-    plan.check_fits(stages.model_facts(loaded))
+    plan.check_fits(model_facts(loaded))
     for warning in plan_warnings(loaded.model.config, plan):
         log.warning("%s", warning)
     return recipe, source, loaded
@@ -407,7 +415,7 @@ def _preview(
     if same_machine and all(here.get(name) == value for name, value in same_machine.items()):
         seconds = statistics.info.layer_seconds_per_token
     else:
-        seconds = stages.time_layers(loaded, recipe)
+        seconds = time_layers(loaded, recipe)
     size = model_size(loaded.model)
     preview = preview_plan(loaded.model, size, plan, recipe.training, recipe.text.seq_len, seconds)
     closing = expected_saving_time(loaded, plan, preview.weight_bytes[1], seconds, out)

@@ -1,39 +1,38 @@
 """The stages of a run with their ledger: each is taken from the folder when it was done for the same key, else done.
 
 Each works in the run's tool folder, says what it reuses and does again what is damaged; what it does itself is told in
-`stages.py`.
+`stages/`.
 """
 
 import json
 import time
 from pathlib import Path
 
-from llm_streamline import ranks, stages
-from llm_streamline.checkpoint import prove_checkpoint, save_checkpoint
+from llm_streamline import ranks
 from llm_streamline.config import Recipe
-from llm_streamline.data.overlap import check_text_unseen
 from llm_streamline.data.windows import Windows
-from llm_streamline.errors import MissingExtraError, TextError
+from llm_streamline.errors import MissingExtraError
 from llm_streamline.evaluation.config import EvaluationConfig
-from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
-from llm_streamline.evaluation.material import gather
-from llm_streamline.evaluation.result import HELD_OUT, Results
+from llm_streamline.evaluation.result import Results
 from llm_streamline.ledger import Ledger, key_of
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics
 from llm_streamline.output import TOOL_FOLDER, owned_files, write_json, write_text
 from llm_streamline.plan import Plan
 from llm_streamline.proof import PROOF_FILE, Proof
-from llm_streamline.replacements.build import install_plan
-from llm_streamline.replacements.ship import needs_code, shipped_files
 from llm_streamline.report.card import CARD_FILE
 from llm_streamline.report.heatmap import write_heatmap_png
-from llm_streamline.run_folder import command_line
-from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
-from llm_streamline.training.sharding import is_sharded
+from llm_streamline.run_folder import WORK_FOLDER
+from llm_streamline.sources import LoadedModel, ModelSource
+from llm_streamline.stages.decide import decide
+from llm_streamline.stages.evaluate import evaluate_both
+from llm_streamline.stages.measure import measure
+from llm_streamline.stages.original import arithmetic, unpack
+from llm_streamline.stages.prove import install_and_prove
+from llm_streamline.stages.train import train
+from llm_streamline.stages.windows import make_windows
 
 STAGES = ("text", "measure", "plan", "train", "save", "evaluate")  # of `compress`, in their order
-WORK_FOLDER = "work"  # tokens and checkpoints: needed to go on after a kill, not part of the result
 log = get_logger()
 
 
@@ -48,7 +47,7 @@ def prepared(
         if ranks.is_main():
             path.unlink(missing_ok=True)
     started = time.perf_counter()
-    windows = stages.make_windows(loaded, recipe, roles, place)
+    windows = make_windows(loaded, recipe, roles, place)
     key = key_of(window_hashes(windows))
     if damaged or ledger.key("text") != key:
         with ledger.running("text", key, started) as made:
@@ -60,12 +59,12 @@ def prepared(
 
 def measured(loaded: LoadedModel, calibration: Windows, recipe: Recipe, folder: Path, ledger: Ledger) -> Statistics:
     """The similarities of the calibration windows."""
-    key = key_of(loaded.source.fingerprint, stages.arithmetic(loaded, recipe), calibration.provenance["sha256"])
+    key = key_of(loaded.source.fingerprint, arithmetic(loaded, recipe), calibration.provenance["sha256"])
     if ledger.is_done("measure", key):
         log.info("similarities: measured before, taken from %s", folder)
         return Statistics.load(folder)
     with ledger.running("measure", key) as made:
-        statistics = stages.measure(loaded, calibration, recipe)
+        statistics = measure(loaded, calibration, recipe)
         statistics.save(folder)
         made += [folder / "stats.safetensors", folder / "stats.json"]
         _draw(statistics, folder, None)
@@ -82,13 +81,13 @@ def decided(
 ) -> Plan:
     """The plan of the recipe, written to plan.json."""
     wishes = recipe.model_dump(mode="json", include={"target", "selection", "replacement", "seed"})
-    key = key_of(loaded.source.fingerprint, stages.arithmetic(loaded, recipe), wishes, window_hashes(windows))
+    key = key_of(loaded.source.fingerprint, arithmetic(loaded, recipe), wishes, window_hashes(windows))
     if ledger.is_done("plan", key):
         plan = Plan.load(folder / "plan.json")
         log.info("plan: made before, taken from %s", folder / "plan.json")
         return plan
     with ledger.running("plan", key) as made:
-        plan = stages.decide(loaded, recipe, statistics, windows)
+        plan = decide(loaded, recipe, statistics, windows)
         made.append(write_text(folder / "plan.json", plan.to_json()))
         _draw(statistics, folder, plan)
     return plan
@@ -107,57 +106,22 @@ def trained_checkpoint(
     folder = out / TOOL_FOLDER
     wishes = recipe.model_dump(mode="json", include={"training", "replacement", "seed", "text"})
     texts_seen = window_hashes({role: windows[role] for role in ("train", "validation")})
-    key = key_of(plan.digest(), stages.arithmetic(loaded, recipe), wishes, texts_seen)
+    key = key_of(plan.digest(), arithmetic(loaded, recipe), wishes, texts_seen)
     if ledger.is_done("save", key):
         log.info("checkpoint: trained and proven before, left as it is")
         data = json.loads((folder / "proof.json").read_text(encoding="utf-8"))
         return Proof.model_validate({name: value for name, value in data.items() if name != "ok"})
     work = folder / WORK_FOLDER / key[:16]  # another key must not go on from these checkpoints
     with ledger.running("train", key) as made:
-        trained = stages.train(loaded, plan, recipe, windows, work)
+        trained = train(loaded, plan, recipe, windows, work)
         if trained.history is not None:
             made.append(write_json(folder / "training.json", trained.history))
         elif ranks.is_main():
             (folder / "training.json").unlink(missing_ok=True)
-    stages.unpack(loaded, recipe)
+    unpack(loaded, recipe)
     with ledger.running("save", key) as made:
         proof = install_and_prove(loaded, plan, trained, out, texts, recipe.accept_degenerate_text)
         made += [folder / PROOF_FILE, *(out / name for name in owned_files(out) if name != CARD_FILE)]
-    return proof
-
-
-def install_and_prove(
-    loaded: LoadedModel,
-    plan: Plan,
-    trained: stages.Trained,
-    out: Path,
-    texts: list[str],
-    accept_degenerate_text: bool = False,
-) -> Proof:
-    """Put what was trained into the model, save it, and show that the saved checkpoint behaves like it: rank 0 does.
-
-    Raises:
-        ProofError: it does not; degenerate text alone is let pass, with a warning, where that is accepted.
-    """
-    return ranks.from_main(lambda: _install_and_prove(loaded, plan, trained, out, texts, accept_degenerate_text))
-
-
-def _install_and_prove(
-    loaded: LoadedModel,
-    plan: Plan,
-    trained: stages.Trained,
-    out: Path,
-    texts: list[str],
-    accept_degenerate_text: bool,
-) -> Proof:
-    log.info("saving and proving the checkpoint")
-    if is_sharded(loaded.model):  # of what lies on other ranks nothing can be saved: the weights are on the disk
-        loaded = load_model(loaded.source, str(loaded.dtype).removeprefix("torch."), str(loaded.device))
-    model = loaded.model
-    install_plan(model, plan, trained.replacements, trained.healed)
-    save_checkpoint(model, loaded.tokenizer, out, extra_files=shipped_files(model))
-    proof = prove_checkpoint(out, model, loaded.tokenizer, against_text=texts, own_code=needs_code(model))
-    proof.raise_if_failed(accept_degenerate_text)
     return proof
 
 
@@ -181,45 +145,10 @@ def evaluated(
         log.info("results: measured before, taken from %s", path)
         return Results.load(path)
     with ledger.running("evaluate", key) as made:
-        log.info("evaluating against the original")
-        options = {"attention": recipe.attn_implementation, "layers_on_disk": layers_on_disk}
-        original = load_model(source, recipe.dtype, recipe.device, **options)
-        compressed = load_model(resolve_model(str(out)), "auto", recipe.device, **options)
-        held_out = {HELD_OUT: windows["evaluation"]}
-        results = run_evaluation(
-            compressed,
-            original,
-            config,
-            out=path,
-            windows=held_out,
-            command=command_line(),
-            plan_hash=plan.digest(),
-            reference=out / TOOL_FOLDER / WORK_FOLDER / "original.json",
-        )
+        results = evaluate_both(source, recipe, config, plan, out, windows, layers_on_disk=layers_on_disk)
         items = {task.items_file for model in results.models for task in model.tasks if task.items_file}
         made += [path, *(path.parent / name for name in sorted(items))]
     return results
-
-
-def evaluation_wanted(recipe: Recipe, loaded: LoadedModel, windows: dict[str, Windows]) -> EvaluationConfig:
-    """The recipe's evaluation; where it names no task, the one made of the held-out text, if that is long enough.
-
-    Raises:
-        TextError, TaskError: if a task that the recipe names cannot be made, or a text was trained on: now, not after.
-    """
-    for spec in recipe.evaluation.perplexity:
-        check_text_unseen(spec, [windows["calibration"], windows["train"], windows["validation"]])
-    config, held_out = recipe.evaluation, {HELD_OUT: windows["evaluation"]}
-    if config.tasks:
-        gather(config, loaded.tokenizer, held_out)
-        return config
-    wanted = config.model_copy(update={"tasks": ("continuation",)})
-    try:
-        gather(wanted, loaded.tokenizer, held_out)
-    except TextError as problem:
-        log.info("no accuracy and no stability will be measured: %s", problem)
-        return config
-    return wanted
 
 
 def _draw(statistics: Statistics, folder: Path, plan: Plan | None) -> None:

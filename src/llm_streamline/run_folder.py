@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llm_streamline import ranks, stages
+from llm_streamline import ranks
 from llm_streamline.config import Recipe
 from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.files import disk_full_in_words
@@ -20,6 +20,8 @@ from llm_streamline.report.card import CARD_FILE, write_card
 from llm_streamline.report.html import write_report
 from llm_streamline.runtime import versions
 from llm_streamline.sources import ModelSource
+
+WORK_FOLDER = "work"  # in the tool's: tokens and checkpoints, needed to go on after a kill, not part of the result
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: d
 def _finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: dict[str, Any]) -> Path:
     folder = out / TOOL_FOLDER
     write_text(folder / "plan.json", plan.to_json())
-    stages.write_recipe(folder, recipe)
+    write_recipe(folder, recipe)
     content = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
@@ -94,6 +96,11 @@ def _finish(out: Path, plan: Plan, recipe: Recipe, base: ModelSource, manifest: 
     write_card(out, base_card=_base_card(base))
     write_manifest(out, content)
     return report
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe with every default."""
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
 
 
 def _base_card(source: ModelSource) -> str | None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from llm_streamline import stages
 from llm_streamline.arch import check_architecture, find_arch
 from llm_streamline.config import Recipe
 from llm_streamline.errors import ConfigError
@@ -21,6 +20,7 @@ from llm_streamline.run_folder import finish, opened, protected
 from llm_streamline.runtime import fits_in_memory, pick_dtype
 from llm_streamline.runtimes import plan_warnings, with_warnings
 from llm_streamline.sources import ModelSource, load_config, load_skeleton, load_tokenizer, model_folder, resolve_model
+from llm_streamline.stages.original import facts_of
 from llm_streamline.weights import read_weights
 
 log = get_logger()
@@ -35,7 +35,7 @@ def read_slices(path: str | Path, source: ModelSource) -> Plan:
     """
     config = load_config(source)
     check_architecture(config)
-    return with_warnings(config, from_slices(path, stages.facts_of(source, load_skeleton(source))))
+    return with_warnings(config, from_slices(path, facts_of(source, load_skeleton(source))))
 
 
 def preview_without_weights(source: ModelSource, plan: Plan, dtype: str = "auto") -> Preview:
@@ -75,7 +75,7 @@ def apply_on_files(
     check_architecture(load_config(source))
     check_output(out, source=protected(source))
     skeleton = load_skeleton(source)
-    plan.check_fits(stages.facts_of(source, skeleton))
+    plan.check_fits(facts_of(source, skeleton))
     weights = read_weights(model_folder(source))
     dtype = pick_dtype(recipe.dtype, own_dtype(skeleton, weights))
     arch = find_arch(skeleton)

@@ -25,7 +25,7 @@ from llm_streamline.output import is_complete
 from llm_streamline.pipeline import apply_plan, plan_from_slices
 from llm_streamline.plan import Plan, Remove
 from llm_streamline.sources import load_model, load_skeleton, resolve_model
-from llm_streamline.stages import facts_of, model_facts
+from llm_streamline.stages.original import facts_of, model_facts
 from llm_streamline.surgery import keep_layers
 
 
@@ -284,7 +284,7 @@ import sys
 from llm_streamline.pipeline import apply_plan
 from llm_streamline.runtime import peak_memory, reset_peak_memory
 from llm_streamline.sources import load_skeleton, resolve_model
-from llm_streamline.stages import facts_of
+from llm_streamline.stages.original import facts_of
 from llm_streamline.plan import Plan, Remove
 from llm_streamline import proof
 proof._run_child = lambda folder: "not measured here"  # a process of its own

@@ -16,7 +16,7 @@ from llm_streamline.methods.registry import find_method
 from llm_streamline.plan import Network, Remove, Silence
 from llm_streamline.schema import parse
 from llm_streamline.sources import resolve_model
-from llm_streamline.stages import check_early
+from llm_streamline.stages.checks import check_early
 
 
 @pytest.fixture(scope="module")
