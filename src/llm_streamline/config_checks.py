@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_streamline.errors import SourceError, StreamlineError
 from llm_streamline.logs import get_logger
+from llm_streamline.skeleton import build_skeleton
 from llm_streamline.weights import Weights, check_inside, read_json
 
 if TYPE_CHECKING:
@@ -92,14 +93,10 @@ def check_size(config: "PretrainedConfig", weights: Weights, spec: str) -> None:
 
     Shapes are compared where files and model name a tensor alike; for the rest a much larger model is refused.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from llm_streamline.layer_config import CODE_KEY
 
     try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        skeleton = build_skeleton(config)
     except Exception as error:  # a foreign constructor on foreign data
         raise SourceError(f"config.json of {spec} describes no model that can be built: {one_line(error)}") from error
     expected = sum(parameter.numel() for parameter in skeleton.parameters())

@@ -23,9 +23,11 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from llm_streamline.arch import get_layers
 from llm_streamline.layer_config import text_config
+from llm_streamline.skeleton import build_skeleton
 from llm_streamline.structure import find_layers_path, path_of
 
 
@@ -86,22 +88,30 @@ def _will_need(ranges: list[tuple[str, int, int]]) -> None:
 
 
 def load_with_layers_on_disk(
-    model_class: type, folder: Path, skeleton: nn.Module, device: torch.device, **options: Any
+    model_class: type,
+    folder: str | Path,
+    config: PretrainedConfig,
+    device: torch.device,
+    *,
+    scratch: Path | None = None,
+    **options: Any,
 ):
     """Load a checkpoint whose decoder layers stay on disk; everything else goes to `device`.
 
     Args:
         model_class: what has the `from_pretrained` to call.
         folder: the checkpoint.
-        skeleton: the model without weights.
+        config: the checkpoint's; not to be used for anything else afterwards.
         device: where layers run.
-        options: of `from_pretrained`; `output_loading_info` must be among them.
+        scratch: folder for weights that transformers must rearrange; None is the system's for temporary files.
+        options: of `from_pretrained`; `output_loading_info` and `trust_remote_code` must be among them.
 
     Returns:
         What `from_pretrained` returns: the model, in which each layer brings its weights itself, and the loading info.
     """
-    layers_path = find_layers_path(skeleton, text_config(skeleton.config))
-    converted = tempfile.TemporaryDirectory(prefix="llm-streamline-converted-")
+    skeleton = build_skeleton(config, model_class, own_code=options["trust_remote_code"])
+    layers_path = find_layers_path(skeleton, text_config(config))
+    converted = tempfile.TemporaryDirectory(prefix="llm-streamline-converted-", dir=scratch)
     places = _device_map(skeleton, layers_path, device)
     # they warn that layers are on the meta device, which was asked for, and that buffers have no device of their own
     with _silent("accelerate.big_modeling"), warnings.catch_warnings(action="ignore"):

@@ -86,7 +86,7 @@ def prove_checkpoint(
     *,
     against_text: Sequence[str] | None = None,
     own_code: bool = False,
-    places: dict[str, str] | None = None,
+    layers_on_disk: bool | None = None,
 ) -> Proof:
     """Reload `out` in a fresh process and compare it with the model in memory; the result is kept in `proof.json`.
 
@@ -102,7 +102,7 @@ def prove_checkpoint(
         tokenizer: the tokenizer in memory, None when none was saved.
         against_text: what the original model wrote, from `probe_texts`; without it the text check cannot fail.
         own_code: the folder ships modelling code that we wrote, to be run on loading.
-        places: device map to load the checkpoint with, for one that does not fit into memory; None loads it whole.
+        layers_on_disk: whether to reload it so, as where it does not fit into memory; None: as `model` has its layers.
 
     Returns:
         The checks. A process that dies gives a failed check, not an exception.
@@ -115,7 +115,7 @@ def prove_checkpoint(
     with tempfile.TemporaryDirectory(prefix="llm-streamline-proof-") as name:
         folder = Path(name)
         with saving(folder):
-            dtype = _write_request(folder, out, model, own_code, places)
+            dtype = _write_request(folder, out, model, own_code, layers_on_disk)
         problem = _run_child(folder)
         reply = {} if problem else json.loads((folder / "reply.json").read_text(encoding="utf-8"))
     if problem:
@@ -135,7 +135,7 @@ def prove_checkpoint(
 
 
 def _write_request(
-    folder: Path, out: Path, model: "PreTrainedModel", own_code: bool, places: dict[str, str] | None
+    folder: Path, out: Path, model: "PreTrainedModel", own_code: bool, layers_on_disk: bool | None
 ) -> str:
     import torch
     from safetensors.torch import save_file
@@ -151,8 +151,7 @@ def _write_request(
         "threads": torch.get_num_threads(),
         "attention": getattr(model.config, "_attn_implementation", None),
         "own_code": own_code,
-        "places": places,
-        "layers_on_disk": places is None and is_streamed(model),
+        "layers_on_disk": is_streamed(model) if layers_on_disk is None else layers_on_disk,
     }
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     return dtype

@@ -83,7 +83,7 @@ def answer(folder: Path) -> None:
     """Load the checkpoint that `folder/request.json` names, measure it, write `folder/reply.json`."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
@@ -93,16 +93,12 @@ def answer(folder: Path) -> None:
     if request["layers_on_disk"]:
         from llm_streamline.offload import load_with_layers_on_disk
 
+        config = AutoConfig.from_pretrained(request["out"], trust_remote_code=request["own_code"])
         device = torch.device(request["device"])
-        model, info = load_with_layers_on_disk(
-            AutoModelForCausalLM, request["out"], _skeleton(request), device, **options
-        )
+        model, info = load_with_layers_on_disk(AutoModelForCausalLM, request["out"], config, device, **options)
     else:
-        if request["places"]:
-            options |= {"device_map": request["places"], "offload_folder": str(folder / "weights")}
         model, info = AutoModelForCausalLM.from_pretrained(request["out"], **options)
-        if not request["places"]:
-            model.to(request["device"])
+        model.to(request["device"])
     info = info if isinstance(info, dict) else vars(info)
     reply: dict[str, Any] = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in KEY_KINDS}
     reply["dtype"] = str(main_dtype(model)).removeprefix("torch.")
@@ -115,17 +111,8 @@ def answer(folder: Path) -> None:
     reply["logit_difference"] = (logits_BTV - probe["logits"]).abs().max().item() if finite else None
     reply["logit_scale"] = probe["logits"].abs().max().item() if finite else None
     reply |= _texts(Path(request["out"]), model, request["own_code"])
-    reply["cache"] = _compare_cache(model, probe["input_ids"], widen=not request["places"])
+    reply["cache"] = _compare_cache(model, probe["input_ids"])
     (folder / "reply.json").write_text(json.dumps(reply), encoding="utf-8")
-
-
-def _skeleton(request: dict[str, Any]) -> "PreTrainedModel":
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(request["out"], trust_remote_code=request["own_code"])
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=request["own_code"])
 
 
 def _texts(out: Path, model: "PreTrainedModel", own_code: bool) -> dict[str, Any]:
@@ -141,10 +128,10 @@ def _texts(out: Path, model: "PreTrainedModel", own_code: bool) -> dict[str, Any
     }
 
 
-def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor", widen: bool) -> dict[str, Any]:
+def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor") -> dict[str, Any]:
     """Generate greedily with and without cache, and compare the logits of every step until the tokens part.
 
-    In float32 where that fits and `widen` allows it.
+    In float32 where that fits.
     """
     import torch
 
@@ -153,7 +140,7 @@ def _compare_cache(model: "PreTrainedModel", input_ids_BT: "torch.Tensor", widen
     if window >= longest + num_new:
         result["window_not_passed"] = window
     lengths = [longest, max(1, longest - 3), max(1, longest // 2)]
-    if widen and _float32_fits(model):
+    if _float32_fits(model):
         model.float()
     result["dtype"] = str(main_dtype(model)).removeprefix("torch.")
     ids, mask = _left_padded(input_ids_BT.flatten(), lengths, _pad_id(model))
@@ -198,7 +185,6 @@ def _float32_fits(model: "PreTrainedModel") -> bool:
 
     if is_streamed(model):
         return False  # there is a limit of memory
-
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
     return needed < 0.7 * free

@@ -20,6 +20,7 @@ from llm_streamline.errors import SourceError
 from llm_streamline.gguf_source import converted_folder, forget_loading, read_gguf_header
 from llm_streamline.quiet import quiet_transformers
 from llm_streamline.runtime import check_dtype_name, pick_device, pick_dtype
+from llm_streamline.skeleton import build_skeleton
 from llm_streamline.weights import PICKLE_SUFFIXES, Weights, read_weights
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def load_model(
     attention: str = "auto",
     quantization: str = "none",
     layers_on_disk: bool = False,
+    scratch: Path | None = None,
 ) -> LoadedModel:
     """Read a model's weights: eval mode, no parameter asks for gradients, no remote code.
 
@@ -149,6 +151,7 @@ def load_model(
         attention: auto, eager, sdpa or flash_attention_2.
         quantization: none, 8bit or 4bit: weights packed by bitsandbytes as they are read, to be run and not saved.
         layers_on_disk: the decoder layers' weights stay in the files and are in memory only while a layer runs.
+        scratch: folder with room for layers on disk that transformers must rearrange; None is the system's.
 
     Raises:
         SourceError: the weights do not fit the configuration, or cannot be read.
@@ -179,7 +182,7 @@ def load_model(
                 from llm_streamline.offload import load_with_layers_on_disk
 
                 model, info = load_with_layers_on_disk(
-                    loading_class(config), folder, load_skeleton(source), torch_device, **options
+                    loading_class(config), folder, config, torch_device, scratch=scratch, **options
                 )
             else:
                 model, info = loading_class(config).from_pretrained(folder, **options)
@@ -198,7 +201,6 @@ def load_skeleton(source: ModelSource) -> "PreTrainedModel":
     Raises:
         SourceError: the configuration describes no model that can be built.
     """
-    import torch
     from transformers import GenerationConfig
 
     from llm_streamline.replacements.ship import loading_class
@@ -206,10 +208,8 @@ def load_skeleton(source: ModelSource) -> "PreTrainedModel":
     folder, config = model_folder(source), load_config(source)
     check_size(config, read_weights(folder), source.spec)
     try:
-        with torch.device("meta"), quiet_transformers():
-            kind = loading_class(config)
-            own = hasattr(kind, "_from_config")  # the auto class has the method without underscore
-            model = kind._from_config(config) if own else kind.from_config(config, trust_remote_code=False)
+        model = build_skeleton(config, loading_class(config))
+        with quiet_transformers():
             if (folder / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a foreign constructor on foreign data
@@ -298,11 +298,18 @@ def _fingerprint(config: dict[str, Any], files: tuple[Path, ...]) -> str:
 
 
 def own_dtype(source: ModelSource, config: "PretrainedConfig", weights: Weights) -> "torch.dtype | None":
-    """The dtype a checkpoint is meant for: what its config says, else what most of its numbers are stored in."""
+    """The dtype a model is meant for; None where nothing tells."""
     import torch
 
     if source.kind in ("gguf", "demo"):
         return torch.bfloat16  # blocks of 4 or 8 bits have no dtype of their own
+    return stated_dtype(config, weights)
+
+
+def stated_dtype(config: "PretrainedConfig", weights: Weights) -> "torch.dtype | None":
+    """The dtype of a folder: what its config says, else what most of its numbers are stored in, if that is usual."""
+    import torch
+
     stated = config.get_text_config(decoder=True).dtype
     if stated in (torch.float32, torch.bfloat16, torch.float16):
         return stated

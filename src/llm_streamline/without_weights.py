@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from llm_streamline.arch import check_architecture, find_arch
+from llm_streamline.arch import check_architecture
 from llm_streamline.config import Recipe
 from llm_streamline.errors import ConfigError
 from llm_streamline.estimate import preview_plan
 from llm_streamline.evaluation.size import model_size
-from llm_streamline.export.reference import cut_original, layers_on_disk
+from llm_streamline.export.reference import cut_original
 from llm_streamline.export.slices import from_slices
-from llm_streamline.export.stream import check_streamable, own_dtype, stream_plan
+from llm_streamline.export.stream import check_streamable, stream_plan
 from llm_streamline.logs import get_logger
 from llm_streamline.output import check_output, remove_manifest
 from llm_streamline.plan import Plan
@@ -19,7 +19,15 @@ from llm_streamline.report.tables import Preview
 from llm_streamline.run_folder import finish, opened, protected
 from llm_streamline.runtime import fits_in_memory, pick_dtype
 from llm_streamline.runtimes import plan_warnings, with_warnings
-from llm_streamline.sources import ModelSource, load_config, load_skeleton, load_tokenizer, model_folder, resolve_model
+from llm_streamline.sources import (
+    ModelSource,
+    load_config,
+    load_skeleton,
+    load_tokenizer,
+    model_folder,
+    resolve_model,
+    stated_dtype,
+)
 from llm_streamline.stages.original import facts_of
 from llm_streamline.weights import read_weights
 
@@ -47,7 +55,7 @@ def preview_without_weights(source: ModelSource, plan: Plan, dtype: str = "auto"
         dtype: of the weights; auto is the checkpoint's own.
     """
     skeleton = load_skeleton(source)
-    skeleton.to(pick_dtype(dtype, own_dtype(skeleton, read_weights(model_folder(source)))))
+    skeleton.to(pick_dtype(dtype, stated_dtype(skeleton.config, read_weights(model_folder(source)))))
     return preview_plan(skeleton, model_size(skeleton), plan, Recipe().training, seq_len=1, layer_seconds_per_token=0.0)
 
 
@@ -77,10 +85,9 @@ def apply_on_files(
     skeleton = load_skeleton(source)
     plan.check_fits(facts_of(source, skeleton))
     weights = read_weights(model_folder(source))
-    dtype = pick_dtype(recipe.dtype, own_dtype(skeleton, weights))
-    arch = find_arch(skeleton)
+    dtype = pick_dtype(recipe.dtype, stated_dtype(skeleton.config, weights))
     size = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
-    places = None if fits_in_memory(size) else layers_on_disk(skeleton, arch.layers, plan.num_layers_after)
+    on_disk = not fits_in_memory(size)
     del skeleton
     for warning in plan_warnings(load_config(source), plan):
         log.warning("%s", warning)
@@ -92,7 +99,9 @@ def apply_on_files(
             log.info("cutting the files of %s", source.spec)
             stream_plan(source, plan, run.out, dtype=dtype)
             log.info("proving the checkpoint")
-            proof = prove_checkpoint(run.out, reference, tokenizer, own_code=needs_code(reference), places=places)
+            proof = prove_checkpoint(
+                run.out, reference, tokenizer, own_code=needs_code(reference), layers_on_disk=on_disk
+            )
         proof.raise_if_failed()
         finish(run.out, plan, recipe, source, {"stage": "apply", "streamed": True})
     return run.out, preview, proof

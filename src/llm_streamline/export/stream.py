@@ -17,7 +17,8 @@ from llm_streamline.export.shards import num_bytes, parse_size, shard_order, spl
 from llm_streamline.output import check_room, open_output, publish, saving, temporary_folder
 from llm_streamline.quiet import quiet_transformers
 from llm_streamline.replacements.ship import shipped_files
-from llm_streamline.sources import ModelSource, load_skeleton, load_tokenizer, model_folder
+from llm_streamline.runtime import pick_dtype
+from llm_streamline.sources import ModelSource, load_skeleton, load_tokenizer, model_folder, stated_dtype
 from llm_streamline.surgery import apply_plan
 from llm_streamline.weights import TensorHeader, Weights, read_header, read_weights
 
@@ -71,7 +72,7 @@ def stream_plan(
     first = skeleton.get_submodule(arch.layers)[0]
     prefix = _layer_prefix(weights, arch.layers, first, arch.num_layers, source.spec)
     sources = apply_plan(skeleton, plan)
-    dtype = dtype or own_dtype(skeleton, weights)
+    dtype = dtype or pick_dtype("auto", stated_dtype(skeleton.config, weights))
     files = {**shipped_files(skeleton), **(extra_files or {})}
     tidy_config(skeleton, dtype, files)
     renamed = _renamed(weights, prefix, sources, skeleton)
@@ -128,19 +129,6 @@ def _layer_prefix(weights: Weights, path: str, layer: "nn.Module", num_layers: i
             "instead"
         )
     return found[0]
-
-
-def own_dtype(skeleton: "PreTrainedModel", weights: Weights) -> "torch.dtype":
-    """What the config says, else what most of the stored numbers are."""
-    import torch
-
-    stated = skeleton.config.get_text_config(decoder=True).dtype
-    if stated in (torch.float32, torch.bfloat16, torch.float16):
-        return stated
-    sizes: dict[str, int] = {}
-    for header in weights.tensors.values():
-        sizes[header.dtype] = sizes.get(header.dtype, 0) + header.num_elements
-    return getattr(torch, _DTYPES.get(max(sizes, key=sizes.__getitem__), "float32"))
 
 
 def _renamed(weights: Weights, prefix: str, sources: list[int], skeleton: "PreTrainedModel") -> dict[str, str]:

@@ -159,12 +159,12 @@ def shape_of(config: "PretrainedConfig", dtype: str = "auto") -> ModelShape:
         SourceError: it describes no decoder-only model that can be built.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from llm_streamline.arch import check_architecture, get_layers
     from llm_streamline.config_checks import one_line
     from llm_streamline.errors import ArchitectureError
     from llm_streamline.runtime import check_dtype_name
+    from llm_streamline.skeleton import build_skeleton
 
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
@@ -175,8 +175,7 @@ def shape_of(config: "PretrainedConfig", dtype: str = "auto") -> ModelShape:
     except ArchitectureError as problem:
         note = str(problem)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = build_skeleton(config)
         layers = get_layers(model)
     except Exception as problem:  # a foreign constructor on foreign data
         raise SourceError(f"this {config.model_type} config cannot be simulated: {one_line(problem)}") from None
