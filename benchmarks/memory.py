@@ -180,10 +180,10 @@ def _pass_child(model: str, tokens: str, limit: str) -> dict:
     """Passes over random tokens with the layers on disk and in memory, in turns; the fastest of each counts."""
     import torch
 
-    from llm_streamline.budget import fit
     from llm_streamline.config import load_recipe
     from llm_streamline.data.windows import Windows
-    from llm_streamline.forecast import measure_rates
+    from llm_streamline.estimates.budget import fit
+    from llm_streamline.estimates.forecast import measure_rates
     from llm_streamline.measure.stats import CosineStats
     from llm_streamline.measure.stream import observe
     from llm_streamline.sources import load_model, resolve_model

@@ -14,7 +14,7 @@ from llm_streamline.data.spec import parse_spec
 from llm_streamline.data.text import open_text
 from llm_streamline.export.shards import num_bytes, parse_size, split_shards, write_shards
 from llm_streamline.output import check_room
-from llm_streamline.weights import TensorHeader
+from llm_streamline.sources.weights import TensorHeader
 
 SHAPES = {  # Llama-2-7B's, and smaller ones of the same proportions for trials
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -14,7 +14,7 @@ from llm_streamline.checkpoint import prove_checkpoint, save_checkpoint
 from llm_streamline.errors import OutputError, ProofError
 from llm_streamline.proof import Check, Proof, repetition
 from llm_streamline.sources import load_model, resolve_model
-from llm_streamline.weights import read_weights
+from llm_streamline.sources.weights import read_weights
 
 
 @pytest.fixture(scope="module")

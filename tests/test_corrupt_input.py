@@ -10,7 +10,7 @@ from plans import facts
 
 from llm_streamline.cli import main
 from llm_streamline.plan import Plan, Remove
-from llm_streamline.weights import INDEX_FILE, SINGLE_FILE
+from llm_streamline.sources.weights import INDEX_FILE, SINGLE_FILE
 
 
 def truncated(folder):
@@ -114,7 +114,7 @@ def test_corrupt_folders(damage, streamed, tmp_path, monkeypatch, capfd):
 def test_truncated_gguf(tmp_path, monkeypatch, capfd):
     pytest.importorskip("gguf")
     from folders import tiny_llama
-    from test_gguf_source import SETTINGS, write_gguf
+    from gguf_files import SETTINGS, write_gguf
 
     monkeypatch.setenv("LLM_STREAMLINE_CACHE", str(tmp_path / "cache"))
     path, plan = tmp_path / "model.gguf", tmp_path / "plan.json"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from small_run import attempt, bits, in_child, make_place, run, wait
 
 from llm_streamline.errors import OutputError
-from llm_streamline.ledger import Ledger
+from llm_streamline.runs.ledger import Ledger
 
 FULL = "No space left on device"
 

@@ -18,9 +18,9 @@ from llm_streamline.errors import StreamlineError
 from llm_streamline.export.stream import stream_plan
 from llm_streamline.plan import Plan, Remove
 from llm_streamline.sources import load_config, load_skeleton, resolve_model
+from llm_streamline.sources.weights import INDEX_FILE, SINGLE_FILE, read_weights
 from llm_streamline.stages.original import facts_of
 from llm_streamline.surgery import apply_plan
-from llm_streamline.weights import INDEX_FILE, SINGLE_FILE, read_weights
 
 EXAMPLES = {"header": 600, "bytes": 350, "index": 250, "config": 250, "gguf": 500, "cut": 120, "stream": 130}
 CASES = sum(EXAMPLES.values())
@@ -260,7 +260,7 @@ def remove_tree(folder: Path) -> None:
 def gguf_file(tmp_path_factory):
     pytest.importorskip("gguf")
     from folders import tiny_llama
-    from test_gguf_source import SETTINGS, write_gguf
+    from gguf_files import SETTINGS, write_gguf
 
     path = tmp_path_factory.mktemp("hostile-gguf") / "model.gguf"
     write_gguf(path, tiny_llama(**SETTINGS))
@@ -290,7 +290,7 @@ def changed_gguf(original: bytes, changes, cut) -> bytes:
 @cases("gguf")
 @given(changes=gguf_changes, cut=st.none() | st.integers(0, 100_000))
 def test_any_gguf_header(gguf_file, changes, cut):
-    from llm_streamline.gguf_source import read_gguf_header
+    from llm_streamline.sources.gguf import read_gguf_header
 
     path = gguf_file.with_name("changed.gguf")
     path.write_bytes(changed_gguf(gguf_file.read_bytes(), changes, cut))
@@ -304,7 +304,7 @@ def test_whatever_gguf_is_cut_gives_one_sound_file_or_none(gguf_file, changes):
     from plans import facts
 
     from llm_streamline.export.gguf_cut import cut_gguf
-    from llm_streamline.gguf_source import read_gguf_header
+    from llm_streamline.sources.gguf import read_gguf_header
 
     path, out = gguf_file.with_name("changed.gguf"), gguf_file.with_name("out.gguf")
     path.write_bytes(changed_gguf(gguf_file.read_bytes(), changes, None))

@@ -27,7 +27,7 @@ from llm_streamline.files import (
     write_json,
     write_text,
 )
-from llm_streamline.lock import LOCK_FILE
+from llm_streamline.runs.lock import LOCK_FILE
 from llm_streamline.version import __version__
 
 __all__ = [

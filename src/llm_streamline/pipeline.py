@@ -10,18 +10,17 @@ from functools import partial
 from pathlib import Path
 
 from llm_streamline import ranks
-from llm_streamline.budget import ALL_WORK, fit
 from llm_streamline.checkpoint import probe_texts
 from llm_streamline.config import Recipe, load_recipe
 from llm_streamline.errors import OutputError, PlanError
-from llm_streamline.estimate import preview_plan
+from llm_streamline.estimates.budget import ALL_WORK, fit
+from llm_streamline.estimates.forecast import announce
+from llm_streamline.estimates.preview import preview_plan
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
 from llm_streamline.evaluation.material import check_config
 from llm_streamline.evaluation.result import Results
 from llm_streamline.evaluation.size import model_size
-from llm_streamline.forecast import announce
-from llm_streamline.ledger import key_of
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics
 from llm_streamline.offload import is_streamed
@@ -36,7 +35,9 @@ from llm_streamline.output import (
 from llm_streamline.plan import Plan, Replace
 from llm_streamline.proof import Proof
 from llm_streamline.report.tables import Preview
-from llm_streamline.resume import (
+from llm_streamline.runs.folder import command_line, finish, opened, protected, write_recipe
+from llm_streamline.runs.ledger import key_of
+from llm_streamline.runs.resume import (
     STAGES,
     decided,
     evaluated,
@@ -45,7 +46,6 @@ from llm_streamline.resume import (
     trained_checkpoint,
     window_hashes,
 )
-from llm_streamline.run_folder import command_line, finish, opened, protected, write_recipe
 from llm_streamline.runtime import versions
 from llm_streamline.runtimes import plan_warnings
 from llm_streamline.saving_time import expected_saving_time

@@ -5,7 +5,7 @@ from pathlib import Path
 from llm_streamline.arch import check_architecture
 from llm_streamline.config import Recipe
 from llm_streamline.errors import ConfigError
-from llm_streamline.estimate import preview_plan
+from llm_streamline.estimates.preview import preview_plan
 from llm_streamline.evaluation.size import model_size
 from llm_streamline.export.reference import cut_original
 from llm_streamline.export.slices import from_slices
@@ -16,7 +16,7 @@ from llm_streamline.plan import Plan
 from llm_streamline.proof import Proof, prove_checkpoint
 from llm_streamline.replacements.ship import needs_code
 from llm_streamline.report.tables import Preview
-from llm_streamline.run_folder import finish, opened, protected
+from llm_streamline.runs.folder import finish, opened, protected
 from llm_streamline.runtime import fits_in_memory, pick_dtype
 from llm_streamline.runtimes import plan_warnings, with_warnings
 from llm_streamline.sources import (
@@ -28,8 +28,8 @@ from llm_streamline.sources import (
     resolve_model,
     stated_dtype,
 )
+from llm_streamline.sources.weights import read_weights
 from llm_streamline.stages.original import facts_of
-from llm_streamline.weights import read_weights
 
 log = get_logger()
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_streamline.config import load_recipe
 from llm_streamline.errors import ConfigError, PlanError, SourceError
-from llm_streamline.estimate import preview_plan
+from llm_streamline.estimates.preview import preview_plan
 from llm_streamline.evaluation.size import model_size
 from llm_streamline.simulate.answer import simulate_run
 from llm_streamline.simulate.devices import device_names, find_device

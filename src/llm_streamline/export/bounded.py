@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from llm_streamline.arch import get_layers
 from llm_streamline.export.shards import parse_size, shard_order, split_shards, write_shards
 from llm_streamline.offload import weights_in_memory
+from llm_streamline.sources.weights import TensorHeader
 from llm_streamline.structure import path_of
-from llm_streamline.weights import TensorHeader
 
 _NAMES = {
     torch.float32: "F32",

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_streamline.config_checks import read_config
 from llm_streamline.errors import ArchitectureError, ConfigError, MissingExtraError, NumericsError, SourceError
 from llm_streamline.export.gguf_families import (
     GgufFamily,
@@ -24,7 +23,8 @@ from llm_streamline.export.gguf_tokenizer import tokenizer_metadata
 from llm_streamline.export.whole_file import new_file
 from llm_streamline.files import check_room
 from llm_streamline.quiet import quiet_transformers
-from llm_streamline.weights import Weights, read_header, read_json, read_weights
+from llm_streamline.sources.checks import read_config
+from llm_streamline.sources.weights import Weights, read_header, read_json, read_weights
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from llm_streamline.export.gguf_families import LAYERS_OF_27B, counted_pattern, 
 from llm_streamline.export.gguf_raw import UINT32, Entry, RawGguf, write_raw
 from llm_streamline.export.whole_file import new_file
 from llm_streamline.files import check_room
-from llm_streamline.gguf_source import read_gguf_header
+from llm_streamline.sources.gguf import read_gguf_header
 
 if TYPE_CHECKING:
     from llm_streamline.plan import Plan

@@ -1,6 +1,6 @@
 """A GGUF file as bytes: each metadata entry and each tensor where it lies, so that what does not change is copied.
 
-Only for files that `gguf_source.read_gguf_header` has accepted: counts and extents are believed here.
+Only for files that `sources.gguf.read_gguf_header` has accepted: counts and extents are believed here.
 """
 
 import math

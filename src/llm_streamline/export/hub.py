@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llm_streamline.errors import OutputError, SourceError
 from llm_streamline.output import TOOL_FOLDER, is_complete, owned_files
-from llm_streamline.weights import PICKLE_SUFFIXES, read_weights
+from llm_streamline.sources.weights import PICKLE_SUFFIXES, read_weights
 
 CARD = "README.md"
 # What goes up from the tool's own folder: how the model was made and what it lost. Texts, statistics and training

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_streamline.weights import INDEX_FILE, SINGLE_FILE, TensorHeader
+from llm_streamline.sources.weights import INDEX_FILE, SINGLE_FILE, TensorHeader
 
 if TYPE_CHECKING:
     import torch

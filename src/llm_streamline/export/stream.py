@@ -19,8 +19,8 @@ from llm_streamline.quiet import quiet_transformers
 from llm_streamline.replacements.ship import shipped_files
 from llm_streamline.runtime import pick_dtype
 from llm_streamline.sources import ModelSource, load_skeleton, load_tokenizer, model_folder, stated_dtype
+from llm_streamline.sources.weights import TensorHeader, Weights, read_header, read_weights
 from llm_streamline.surgery import apply_plan
-from llm_streamline.weights import TensorHeader, Weights, read_header, read_weights
 
 if TYPE_CHECKING:
     import torch

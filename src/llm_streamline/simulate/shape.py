@@ -91,7 +91,7 @@ def find_config(model: str, sizes: Sequence[str] = ()) -> "PretrainedConfig":
     if path.name == "config.json" and path.is_file():
         path = path.parent
     if (path / "config.json").is_file():
-        from llm_streamline.config_checks import read_config
+        from llm_streamline.sources.checks import read_config
 
         config = read_config(path, model)
     elif model in CONFIG_MAPPING:
@@ -141,7 +141,7 @@ def _with_sizes(config: "PretrainedConfig", settings: dict[str, Any]) -> "Pretra
 def _hub_config(model: str) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    from llm_streamline.config_checks import one_line
+    from llm_streamline.sources.checks import one_line
 
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
@@ -161,10 +161,10 @@ def shape_of(config: "PretrainedConfig", dtype: str = "auto") -> ModelShape:
     import torch
 
     from llm_streamline.arch import check_architecture, get_layers
-    from llm_streamline.config_checks import one_line
     from llm_streamline.errors import ArchitectureError
     from llm_streamline.runtime import check_dtype_name
     from llm_streamline.skeleton import build_skeleton
+    from llm_streamline.sources.checks import one_line
 
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):

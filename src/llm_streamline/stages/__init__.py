@@ -1,1 +1,1 @@
-"""The stages of a run, one a file: what each does. When a stage is skipped is told in `resume.py`."""
+"""The stages of a run, one a file: what each does. When a stage is skipped is told in `runs/resume.py`."""

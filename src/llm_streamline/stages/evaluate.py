@@ -13,7 +13,7 @@ from llm_streamline.evaluation.result import HELD_OUT, Results
 from llm_streamline.logs import get_logger
 from llm_streamline.output import TOOL_FOLDER
 from llm_streamline.plan import Plan
-from llm_streamline.run_folder import WORK_FOLDER, command_line
+from llm_streamline.runs.folder import WORK_FOLDER, command_line
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 
 log = get_logger()

@@ -3,8 +3,8 @@
 import torch
 
 from llm_streamline.arch import get_layers
-from llm_streamline.budget import Fit
 from llm_streamline.config import Recipe
+from llm_streamline.estimates.budget import Fit
 from llm_streamline.logs import get_logger
 from llm_streamline.memory_limits import free_memory
 from llm_streamline.packed import num_numbers

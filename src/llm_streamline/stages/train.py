@@ -10,7 +10,7 @@ import torch
 from llm_streamline import ranks
 from llm_streamline.config import Recipe
 from llm_streamline.data.windows import Windows
-from llm_streamline.estimate import training_forward_tokens
+from llm_streamline.estimates.preview import training_forward_tokens
 from llm_streamline.layer_config import text_config
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement

@@ -12,7 +12,7 @@ from small_run import bits, in_child, make_place, run, wait
 
 from llm_streamline.cli import main
 from llm_streamline.errors import OutputError
-from llm_streamline.lock import locked
+from llm_streamline.runs.lock import locked
 from llm_streamline.training.student import Student
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llm_streamline.errors import SourceError, StreamlineError
 from llm_streamline.logs import get_logger
 from llm_streamline.skeleton import build_skeleton
-from llm_streamline.weights import Weights, check_inside, read_json
+from llm_streamline.sources.weights import Weights, check_inside, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 from llm_streamline.errors import MissingExtraError, SourceError
-from llm_streamline.gguf_source import CACHE_VARIABLE, cache_folder
 from llm_streamline.logs import get_logger
+from llm_streamline.sources.gguf import CACHE_VARIABLE, cache_folder
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llm_streamline.errors import MissingExtraError, SourceError, StreamlineError
 from llm_streamline.logs import get_logger
 from llm_streamline.quiet import quiet_transformers
-from llm_streamline.weights import read_weights
+from llm_streamline.sources.weights import read_weights
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ import torch
 from folders import CHAT_TEMPLATE, byte_tokenizer, edit_json, tiny_folder, tiny_llama
 from transformers import BertConfig, GPT2Config, T5Config
 
-from llm_streamline.carried import CARRIED, carried_file
 from llm_streamline.errors import ConfigError, MissingExtraError, SourceError
 from llm_streamline.sources import load_config, load_model, load_tokenizer, resolve_model
+from llm_streamline.sources.carried import CARRIED, carried_file
 
 
 @pytest.fixture

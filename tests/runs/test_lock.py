@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from llm_streamline import lock
 from llm_streamline.errors import OutputError
-from llm_streamline.lock import LOCK_FILE, locked
 from llm_streamline.output import check_output, open_output, withdraw
+from llm_streamline.runs import lock
+from llm_streamline.runs.lock import LOCK_FILE, locked
 
-HOLD = "import sys, pathlib; from llm_streamline.lock import locked\n"
+HOLD = "import sys, pathlib; from llm_streamline.runs.lock import locked\n"
 HOLD += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 

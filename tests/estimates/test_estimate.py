@@ -4,7 +4,7 @@ from plans import removing, replacing
 from tiny import tiny_model
 
 from llm_streamline.config import TrainingConfig
-from llm_streamline.estimate import preview_plan
+from llm_streamline.estimates.preview import preview_plan
 from llm_streamline.evaluation.size import model_size
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.build import build_replacements, install_plan

@@ -14,7 +14,6 @@ from llm_streamline.data.windows import Windows
 from llm_streamline.errors import MissingExtraError
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.result import Results
-from llm_streamline.ledger import Ledger, key_of
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.files import Statistics
 from llm_streamline.output import TOOL_FOLDER, owned_files, write_json, write_text
@@ -22,7 +21,8 @@ from llm_streamline.plan import Plan
 from llm_streamline.proof import PROOF_FILE, Proof
 from llm_streamline.report.card import CARD_FILE
 from llm_streamline.report.heatmap import write_heatmap_png
-from llm_streamline.run_folder import WORK_FOLDER
+from llm_streamline.runs.folder import WORK_FOLDER
+from llm_streamline.runs.ledger import Ledger, key_of
 from llm_streamline.sources import LoadedModel, ModelSource
 from llm_streamline.stages.decide import decide
 from llm_streamline.stages.evaluate import evaluate_both

@@ -6,10 +6,10 @@ import pytest
 import torch
 from folders import tiny_folder
 
-from llm_streamline import budget
-from llm_streamline.budget import ALL_WORK, ModelBytes, fit, memory_limit
 from llm_streamline.config import Recipe, load_recipe
 from llm_streamline.errors import ConfigError
+from llm_streamline.estimates import budget
+from llm_streamline.estimates.budget import ALL_WORK, ModelBytes, fit, memory_limit
 from llm_streamline.sizes import as_size, parse_size
 from llm_streamline.sources import resolve_model
 

@@ -12,12 +12,12 @@ from llm_streamline import ranks
 from llm_streamline.config import Recipe
 from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.files import disk_full_in_words
-from llm_streamline.ledger import Ledger
-from llm_streamline.lock import locked
 from llm_streamline.output import TOOL_FOLDER, check_output, claim, open_output, withdraw, write_manifest, write_text
 from llm_streamline.plan import Plan
 from llm_streamline.report.card import CARD_FILE, write_card
 from llm_streamline.report.html import write_report
+from llm_streamline.runs.ledger import Ledger
+from llm_streamline.runs.lock import locked
 from llm_streamline.runtime import versions
 from llm_streamline.sources import ModelSource
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from llm_streamline import ledger as ledger_module
-from llm_streamline.ledger import Ledger, key_of
+from llm_streamline.runs import ledger as ledger_module
+from llm_streamline.runs.ledger import Ledger, key_of
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from llm_streamline.budget import Fit, ModelBytes
 from llm_streamline.config import Recipe
+from llm_streamline.estimates.budget import Fit, ModelBytes
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.partial import run_tapped
 from llm_streamline.saving_time import (
@@ -26,7 +26,7 @@ from llm_streamline.saving_time import (
 )
 from llm_streamline.sizes import as_size
 from llm_streamline.sources import LoadedModel, model_folder
-from llm_streamline.weights import read_weights
+from llm_streamline.sources.weights import read_weights
 
 _PROBE_TOKENS = 256
 _PROBE_LAYERS = 2

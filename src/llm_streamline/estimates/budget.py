@@ -51,8 +51,8 @@ class ModelBytes:
         import torch
 
         from llm_streamline.sources import load_skeleton, model_folder, own_dtype
+        from llm_streamline.sources.weights import read_weights
         from llm_streamline.structure import find_layers_path
-        from llm_streamline.weights import read_weights
 
         weights = read_weights(model_folder(source))
         skeleton = load_skeleton(source)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llm_streamline.errors import SourceError, StreamlineError
 from llm_streamline.sources import load_model, resolve_model
-from llm_streamline.weights import check_inside, read_header, read_weights
+from llm_streamline.sources.weights import check_inside, read_header, read_weights
 
 INDEX = "model.safetensors.index.json"
 
