@@ -62,7 +62,7 @@ def test_the_forwards_counted_are_those_of_the_proof(window, positions):
     get_layers(model)[0].register_forward_pre_hook(count, with_kwargs=True)
     logits_of(model, tiny_tokens(2, min(48, positions)))
     seen = sum(texts)
-    _compare_cache(model, tiny_tokens(2, min(48, positions)), widen=False)
+    _compare_cache(model, tiny_tokens(2, min(48, positions)))
     work = proof_work(model.config, from_disk=False)
     prompts = len(PROMPTS) * module._PROMPT_TOKENS
     assert sum(texts) - seen == work.tokens - prompts - 2 * module._LOGIT_TOKENS
