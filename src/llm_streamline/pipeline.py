@@ -48,7 +48,7 @@ from llm_streamline.runs.resume import (
 )
 from llm_streamline.runtime import versions
 from llm_streamline.runtimes import plan_warnings
-from llm_streamline.saving_time import expected_saving_time
+from llm_streamline.estimates.saving import expected_saving_time
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 from llm_streamline.stages.checks import check_early, check_text, check_wishes
 from llm_streamline.stages.decide import decide

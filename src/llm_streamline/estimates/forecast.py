@@ -15,7 +15,7 @@ from llm_streamline.config import Recipe
 from llm_streamline.estimates.budget import Fit, ModelBytes
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.partial import run_tapped
-from llm_streamline.saving_time import (
+from llm_streamline.estimates.saving import (
     DiskRates,
     ProofWork,
     SavingTime,
