@@ -16,6 +16,7 @@ from llm_streamline.errors import OutputError, PlanError
 from llm_streamline.estimates.budget import ALL_WORK, fit
 from llm_streamline.estimates.forecast import announce
 from llm_streamline.estimates.preview import preview_plan
+from llm_streamline.estimates.saving import expected_saving_time
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
 from llm_streamline.evaluation.material import check_config
@@ -48,7 +49,6 @@ from llm_streamline.runs.resume import (
 )
 from llm_streamline.runtime import versions
 from llm_streamline.runtimes import plan_warnings
-from llm_streamline.estimates.saving import expected_saving_time
 from llm_streamline.sources import LoadedModel, ModelSource, load_model, resolve_model
 from llm_streamline.stages.checks import check_early, check_text, check_wishes
 from llm_streamline.stages.decide import decide

@@ -8,12 +8,11 @@ from folders import tiny_folder
 from plans import replacing
 from tiny import tiny_model, tiny_tokens
 
-from llm_streamline.estimates import saving as module
 from llm_streamline.arch import get_layers
 from llm_streamline.config import load_recipe
+from llm_streamline.estimates import saving as module
 from llm_streamline.estimates.budget import fit
 from llm_streamline.estimates.forecast import announce, measure_rates, saving_seconds
-from llm_streamline.reload import NUM_NEW_TOKENS, PROMPTS, _compare_cache, logits_of
 from llm_streamline.estimates.saving import (
     STATED_DISK,
     DiskRates,
@@ -23,6 +22,7 @@ from llm_streamline.estimates.saving import (
     proof_work,
     saving_time,
 )
+from llm_streamline.reload import NUM_NEW_TOKENS, PROMPTS, _compare_cache, logits_of
 from llm_streamline.sources import load_model, resolve_model
 
 DISK = DiskRates(write=100.0, read=1000.0)

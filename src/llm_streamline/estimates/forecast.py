@@ -13,8 +13,6 @@ import torch
 
 from llm_streamline.config import Recipe
 from llm_streamline.estimates.budget import Fit, ModelBytes
-from llm_streamline.logs import get_logger
-from llm_streamline.measure.partial import run_tapped
 from llm_streamline.estimates.saving import (
     DiskRates,
     ProofWork,
@@ -24,6 +22,8 @@ from llm_streamline.estimates.saving import (
     saving_time,
     step_seconds,
 )
+from llm_streamline.logs import get_logger
+from llm_streamline.measure.partial import run_tapped
 from llm_streamline.sizes import as_size
 from llm_streamline.sources import LoadedModel, model_folder
 from llm_streamline.sources.weights import read_weights
