@@ -59,7 +59,7 @@ def _record(outcome, recipe) -> dict:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": versions(),
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": _without_folders(recipe.model_dump(mode="json")),
         "seconds": read_manifest(outcome.out)["stage_seconds"],
         "result": {
             "plan": outcome.plan.describe(),
@@ -72,7 +72,7 @@ def _record(outcome, recipe) -> dict:
             },
             "perplexity": [
                 {
-                    "text": one.name,
+                    "text": Path(one.name).name,
                     "original": next(p.perplexity for p in before.perplexity if p.name == one.name),
                     "compressed": next(p.perplexity for p in after.perplexity if p.name == one.name),
                     "ratio": one.ratio,
@@ -92,6 +92,13 @@ def _record(outcome, recipe) -> dict:
             "proof_ok": proof["ok"],
         },
     }
+
+
+def _without_folders(recipe: dict) -> dict:
+    """The recipe with files by name: where they lay on this machine says nothing elsewhere."""
+    recipe["text"]["sources"] = [Path(source).name for source in recipe["text"]["sources"]]
+    recipe["evaluation"]["perplexity"] = [Path(source).name for source in recipe["evaluation"]["perplexity"]]
+    return recipe
 
 
 def _page(record: dict) -> str:
@@ -114,7 +121,7 @@ def _page(record: dict) -> str:
     for text in found["perplexity"]:
         kl = "" if text["kl"] is None else f", KL {text['kl']:.3f}"
         lines.append(
-            f"| perplexity, {Path(text['text']).name} | {text['original']:.2f} | {text['compressed']:.2f} "
+            f"| perplexity, {text['text']} | {text['original']:.2f} | {text['compressed']:.2f} "
             f"({text['ratio']:.3f} x{kl}) |"
         )
     if found["accuracy"]:
