@@ -4,7 +4,8 @@
 
 * analyze: 4k tokens within a limit of 3 GiB (7b): peak of anonymous memory, page cache excluded.
 * compress: a quarter of the layers, 2k training tokens, MSE, within 6 GiB, evaluation and proof included.
-* save: removing the same layers from the checkpoint, saving and proving it.
+* save: as many layers removed from the checkpoint and the rest saved, whole: what surgery and saving take.
+* apply: the same as a user's command, within 6 GiB: with the text that the original writes, and the proof.
 * pass: the time of a streamed pass, by the longer of reading the layers once for each batch and computing it with all
   layers in memory.
 * tokens: the demo model with 50k and with 1M training tokens: the windows are made and mapped, then steps are taken on
@@ -27,7 +28,7 @@ from peak import watch
 from shapes import SHAPES, make_checkpoint
 
 GIB = 2**30
-PARTS = ("analyze", "compress", "save", "pass", "tokens")
+PARTS = ("analyze", "compress", "save", "apply", "pass", "tokens")
 LIMITS = {"7b": ("3GiB", "6GiB"), "1.3b": ("1536MiB", "3GiB"), "0.3b": ("1GiB", "1536MiB"), "0.05b": ("1GiB", "1GiB")}
 SEQ_LEN = 512
 _SAVE_TARGET = 1 * GIB
@@ -100,26 +101,30 @@ def compress(folder: Path, shape: str, _tokens: int) -> dict:
 
 
 def save(folder: Path, shape: str, _tokens: int) -> dict:
-    from llm_streamline import pipeline
-    from llm_streamline.plan import ModelFacts, Plan, Remove
-    from llm_streamline.sources import load_config, load_skeleton, resolve_model
+    plan = _write_plan(folder, shape)
+    command = [sys.executable, __file__, "--child", "save", str(folder / "model"), str(plan), str(folder / "out-save")]
+    shutil.rmtree(folder / "out-save", ignore_errors=True)
+    run = watch(command, folder / "save.log")
+    found = {"returncode": run.returncode, "peak_bytes": run.peak_bytes, "seconds": round(run.seconds, 1)}
+    return {**found, "target_bytes": _SAVE_TARGET, "ok": run.returncode == 0 and run.peak_bytes <= _SAVE_TARGET}
 
-    source = resolve_model(folder / "model")
-    config, layers = load_config(source), SHAPES[shape]["num_hidden_layers"]
-    facts = ModelFacts(
-        spec=source.spec,
-        fingerprint=source.fingerprint,
-        model_type=config.model_type,
-        num_layers=layers,
-        hidden_size=config.hidden_size,
-        num_parameters=sum(p.numel() for p in load_skeleton(source).parameters()),
-    )
-    start = layers // 2
-    plan = Plan(model=facts, edits=(Remove(start=start, stop=start + layers // 4),))
+
+def apply(folder: Path, shape: str, _tokens: int) -> dict:
+    limit, plan = LIMITS[shape][1], _write_plan(folder, shape)
+    return _within(_cli(folder, "apply", "apply", plan, folder / "model", "--max-memory", limit), limit)
+
+
+def _write_plan(folder: Path, shape: str) -> Path:
+    """A plan that removes a quarter of the layers, from the middle on."""
+    from llm_streamline.plan import Plan, Remove
+    from llm_streamline.sources import load_skeleton, resolve_model
+    from llm_streamline.stages.original import facts_of
+
+    source, layers = resolve_model(folder / "model"), SHAPES[shape]["num_hidden_layers"]
+    edit = Remove(start=layers // 2, stop=layers // 2 + layers // 4)
+    plan = Plan(model=facts_of(source, load_skeleton(source)), edits=(edit,))
     (folder / "plan.json").write_text(plan.to_json())
-    assert pipeline.Plan.load(folder / "plan.json") == plan
-    run = _cli(folder, "save", "apply", folder / "plan.json", folder / "model", "--max-memory", LIMITS[shape][1])
-    return {**run, "target_bytes": _SAVE_TARGET, "ok": run["returncode"] == 0 and run["peak_bytes"] <= _SAVE_TARGET}
+    return folder / "plan.json"
 
 
 def streamed_pass(folder: Path, shape: str, tokens: int) -> dict:
@@ -210,6 +215,19 @@ def _pass_child(model: str, tokens: str, limit: str) -> dict:
     }
 
 
+def _save_child(model: str, plan: str, out: str) -> dict:
+    """Surgery and saving alone, the layers on disk."""
+    from llm_streamline.checkpoint import save_checkpoint
+    from llm_streamline.plan import Plan
+    from llm_streamline.replacements.build import install_plan
+    from llm_streamline.sources import load_model, resolve_model
+
+    loaded = load_model(resolve_model(model), layers_on_disk=True)
+    install_plan(loaded.model, Plan.load(plan), [])
+    save_checkpoint(loaded.model, loaded.tokenizer, out)
+    return {}
+
+
 def _tokens_child(folder: str, tokens: str) -> dict:
     """Windows for so many tokens, then a few steps on batches from all over them."""
     import torch
@@ -238,8 +256,15 @@ def _tokens_child(folder: str, tokens: str) -> dict:
     return {"windows": len(windows)}
 
 
-_RUNS = {"analyze": analyze, "compress": compress, "save": save, "pass": streamed_pass, "tokens": tokens_seen}
-_CHILDREN = {"pass": _pass_child, "tokens": _tokens_child}
+_RUNS = {
+    "analyze": analyze,
+    "compress": compress,
+    "save": save,
+    "apply": apply,
+    "pass": streamed_pass,
+    "tokens": tokens_seen,
+}
+_CHILDREN = {"pass": _pass_child, "save": _save_child, "tokens": _tokens_child}
 
 
 # --- results

@@ -183,7 +183,8 @@ def test_whole_batches_are_shared():
 
 
 def test_gradients_are_exchanged_once_a_step():
-    tokens, settings = 512 * 8 * 100, {"training.gradient_accumulation_steps": 2}
+    tokens = 512 * 8 * 100
+    settings = {"training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 2}
     found = task(**settings, **{"training.tokens": tokens})
     run = stage(simulate(found, H100, 4), "train")
     assert run.bytes_exchanged == pytest.approx(100 * 2 * 3 / 4 * 4 * found.parameters_trained)
