@@ -13,7 +13,7 @@ from llm_streamline.skeleton import build_skeleton
 from llm_streamline.sources.weights import Weights, check_inside, read_json
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _MAX_COUNT = 2**24  # layers, experts, heads: a config that announces more is corrupt and would never finish building
 
@@ -114,6 +114,14 @@ def check_size(config: "PretrainedConfig", weights: Weights, spec: str) -> None:
                 f"tensor {name} of {spec} has the shape {list(header.shape)}, its config asks for "
                 f"{list(wanted.shape)}; download the model again"
             )
+
+
+def lacking_weights(model: "PreTrainedModel", weights: Weights) -> list[str]:
+    """Names of parameters that no file holds, tied ones aside; none where most names differ, as after a conversion."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    names = {name for name, _ in model.named_parameters()} - tied
+    lacking = sorted(names - weights.tensors.keys())
+    return lacking if 2 * len(lacking) < len(names) else []
 
 
 def check_loading(info: Any, spec: str) -> None:

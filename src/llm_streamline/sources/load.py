@@ -13,7 +13,7 @@ from llm_streamline.errors import SourceError
 from llm_streamline.quiet import quiet_transformers
 from llm_streamline.runtime import check_dtype_name, pick_device, pick_dtype
 from llm_streamline.skeleton import build_skeleton
-from llm_streamline.sources.checks import check_loading, check_size, one_line, read_config
+from llm_streamline.sources.checks import check_loading, check_size, lacking_weights, one_line, read_config
 from llm_streamline.sources.find import ModelSource
 from llm_streamline.sources.gguf import converted_folder, forget_loading
 from llm_streamline.sources.weights import Weights, read_weights
@@ -135,6 +135,10 @@ def load_model(
             else:
                 model, info = loading_class(config).from_pretrained(folder, **options)
     except Exception as error:  # a foreign parser on foreign data: whatever it raises, the files cannot be read
+        if layers_on_disk and (lacking := lacking_weights(load_skeleton(source), weights)):
+            raise SourceError(
+                f"{source.spec} lacks {len(lacking)} of the weights its config asks for, e.g. {lacking[0]}"
+            ) from error
         raise SourceError(f"cannot load {source.spec}: {one_line(error)}") from error
     check_loading(info, source.spec)
     model.requires_grad_(False).eval()
