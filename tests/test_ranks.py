@@ -127,7 +127,7 @@ def test_two_ranks_give_what_one_gives(alone, two):
 def test_rank_0_speaks_for_all(two):
     _, process = two
     assert process.stderr.count("measuring similarities") == 1
-    assert process.stderr.count("saving and proving") == 1
+    assert process.stderr.count("saving and proving the checkpoint") == 1
     assert process.stdout.count("checkpoint:") == 1
     assert "Traceback" not in process.stderr
 
