@@ -165,7 +165,7 @@ def _arguments(entry: Entry, recipe: Path, out: Path) -> list[str]:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGINT)
+    process.terminate()  # not SIGINT: what a shell runs in the background ignores it
     try:
         process.wait(_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
