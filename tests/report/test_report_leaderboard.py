@@ -7,14 +7,21 @@ import math
 import statistics
 
 import pytest
+import yaml
+from plans import facts, replace
 from report_samples import results, write_run
 
-from llm_streamline.errors import StreamlineError
+from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.evaluation.result import HELD_OUT
+from llm_streamline.leaderboard.changes import in_short, is_plain_removal, taken_out
 from llm_streamline.leaderboard.choose import choose_default
 from llm_streamline.leaderboard.collect import rows_of
+from llm_streamline.leaderboard.gap import gaps_closed
 from llm_streamline.leaderboard.page import draw
 from llm_streamline.leaderboard.records import Record, Shelf
+from llm_streamline.leaderboard.share import share
+from llm_streamline.plan import Merge, Plan, Remove, Silence
+from llm_streamline.report.words import NBSP
 
 
 def record(key, method, seed=0, tokens=0, layers=9, status="done", **more):
@@ -217,3 +224,100 @@ def test_other_budgets_are_left_out(good):
     assert choose_default([change(first, tokens=262_144), second], 0).winner == "second"
     with pytest.raises(StreamlineError, match="there are no finished runs"):
         choose_default(good, 7)
+
+
+def test_a_reference_is_shown_but_is_no_candidate(good):
+    first, second = good
+    reference = change(second, method="plain", layers=10, development=0.1, reference=True)
+    choice = choose_default([first, second, reference], 0)  # nobody else has a run at 10 layers fewer
+    assert choice.winner == "first"
+    assert "plain" not in {standing.method for standing in choice.ranking}
+
+
+# --- what was changed, and what a repair wins back
+
+
+def test_changes_in_short():
+    edits = (
+        Remove(start=0, stop=1),
+        Remove(start=1, stop=3),
+        replace(3, 5, "layer"),
+        Merge(start=5, stop=7, weights=(1.0, 1.0), norms=(1.0, 0.0)),
+    )
+    plan = Plan(model=facts(), edits=edits)
+    assert in_short(plan).replace(NBSP, " ") == "0–2, 3–4 → layer, 5–6 merged"
+    assert taken_out(plan) is None  # a merge is no removal of certain layers
+    assert not is_plain_removal(plan)
+    plain, repaired = (Plan(model=facts(), edits=(edit,)) for edit in (Remove(start=3, stop=5), edits[2]))
+    assert taken_out(plain) == taken_out(repaired) == (3, 4)
+    assert [is_plain_removal(plan) for plan in (plain, repaired)] == [True, False]
+    silent = Plan(model=facts(), edits=(Silence(start=2, stop=3, part="attention"),))
+    assert in_short(silent) == "attention of 2"
+    assert taken_out(silent) is None
+
+
+def test_the_gap_is_that_of_plainly_removing_the_same_layers(good):
+    plain = change(good[0], evaluation=2.0, taken_out=(3, 4), is_plain=True, layers=2)
+    repair = change(good[1], evaluation=0.5, taken_out=(3, 4), is_plain=False, layers=1)
+    other = change(good[1], evaluation=0.5, taken_out=(2, 3), is_plain=False)
+    elsewhere = change(repair, model="another")
+    assert gaps_closed([repair, plain, other, elsewhere]) == {0: pytest.approx(0.75)}
+
+
+# --- handing it on
+
+
+@pytest.fixture
+def own_paths(shelf):
+    """The board as it comes of files in folders of a user's own."""
+    for key in ("a0", "a1", "b0", "b1"):
+        tool = shelf.result(key) / "streamline"
+        text = (tool / "results.json").read_text()
+        name = json.loads(text)["comparisons"][0]["perplexity"][0]["name"]
+        (tool / "results.json").write_text(text.replace(f'"{name}"', '"/home/me/held out/news.txt"'))
+        shelf.recipe(key).write_text(
+            "# run: llm-streamline compress /home/me/model -o /home/me/board/runs/x\n"
+            "text: {sources: [0.5*/home/me/a.jsonl#body, 'hub:org/set', builtin]}\n"
+            "evaluation: {perplexity: ['/home/me/held out/news.txt'], tasks: [/home/me/q.jsonl, arc_easy]}\n"
+        )
+    broken = shelf.load("c0").model_copy(update={"reason": "OutputError: /home/me/board/runs/c0 cannot be written"})
+    shelf.write(broken)
+    return shelf
+
+
+def test_what_is_handed_on_names_no_folder_of_this_machine(own_paths, tmp_path):
+    folder = share(own_paths, tmp_path / "shared")
+    for path in folder.rglob("*.*"):
+        assert "/home/me" not in path.read_text(), path
+    recipe = yaml.safe_load((folder / "recipes" / "a0.yaml").read_text())
+    assert recipe["text"]["sources"] == ["0.5*a.jsonl#body", "hub:org/set", "builtin"]
+    assert recipe["evaluation"] == {"perplexity": ["news.txt"], "tasks": ["q.jsonl", "arc_easy"]}
+    data = json.loads((folder / "leaderboard.json").read_text())
+    assert data["rows"][0]["commands"][0] == "llm-streamline compress demo -o OUT --recipe recipes/a0.yaml"
+    assert data["rows"][0]["evaluation"] == draw(own_paths)["rows"][0]["evaluation"]
+    tables = (folder / "README.md").read_text()
+    assert "| first (2 seeds) |" in tables
+    assert "fourth (9/0/0)" in tables
+    assert "c0 cannot be written" in tables
+
+
+def test_sharing_again_leaves_nothing_stale_and_nothing_foreign_is_touched(own_paths, tmp_path):
+    folder = share(own_paths, tmp_path / "shared")
+    (folder / "recipes" / "0123456789abcdef.yaml").write_text("of a run that is no more\n")
+    (folder / "recipes" / "mine.yaml").write_text("the user's own\n")
+    share(own_paths, folder)
+    assert sorted(path.name for path in (folder / "recipes").iterdir())[-1] == "mine.yaml"
+    assert not (folder / "recipes" / "0123456789abcdef.yaml").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds no shared leaderboard"):
+        share(own_paths, tmp_path / "other")
+
+
+def test_nothing_finished_is_nothing_to_hand_on(tmp_path):
+    shelf = Shelf(tmp_path / "empty")
+    shelf.open()
+    shelf.write_board("Empty", [])
+    with pytest.raises(StreamlineError, match="no finished run"):
+        share(shelf, tmp_path / "shared")
+    assert not (tmp_path / "shared").exists()

@@ -36,6 +36,10 @@ def leaderboard(
     retry: Annotated[bool, typer.Option("--retry", help="Also what was refused or failed before.")] = False,
     keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Leave the checkpoints in OUT/runs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how they stand; run nothing.")] = False,
+    share: Annotated[
+        Path | None,
+        typer.Option("--share", help="With a leaderboard's folder: write page, tables, data and recipes to hand on."),
+    ] = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Models x methods x budgets: run what is missing, then one page that says which is best, and at what cost."""
@@ -45,7 +49,13 @@ def leaderboard(
 
     if spec.is_dir():
         terminal.show_leaderboard(draw(Shelf(spec)), [], as_json)
+        if share is not None:
+            from llm_streamline.leaderboard.share import share as hand_on
+
+            hand_on(Shelf(spec), share)
         return
+    if share is not None:
+        raise ConfigError(f"--share wants a leaderboard's folder, got the specification {spec}")
     if out is None:
         raise ConfigError("leaderboard wants -o FOLDER beside a specification")
     from llm_streamline.leaderboard.board import read_settings

@@ -37,6 +37,7 @@ class Entrant(FrozenModel):
     tokens: tuple[NonNegativeInt, ...] | None = None
     seeds: tuple[NonNegativeInt, ...] | None = None
     note: str = Field("", description="one sentence for the page")
+    reference: bool = Field(False, description="something to compare with, no candidate for the default")
 
     _read_tokens = field_validator("tokens", mode="before")(lambda value: _counts(value))
 
@@ -87,6 +88,7 @@ class Entry:
     seed: int
     recipe: Recipe
     note: str = ""
+    reference: bool = False
 
     @property
     def label(self) -> str:
@@ -162,7 +164,8 @@ def entries_of(board: Board, base: Path, overrides: dict[str, Any] | None = None
                             wanted = load_recipe(recipe, settings)
                         except ConfigError as problem:
                             raise ConfigError(f"method '{one.name}': {problem}") from None
-                        found.append(Entry(model, source, one.name, layers, tokens, seed, wanted, one.note))
+                        named = (model, source, one.name, layers, tokens, seed)
+                        found.append(Entry(*named, wanted, one.note, one.reference))
     return sorted(found, key=lambda entry: (entry.tokens, entry.seed))
 
 

@@ -46,13 +46,13 @@ def choose_default(rows: Sequence[Row], tokens: int) -> Choice:
        the cheapest in arithmetic wins; the name decides between equals.
 
     Args:
-        rows: of a board.
+        rows: of a board; what is only there to be compared with is left out.
         tokens: training tokens; rows of other budgets are left out.
 
     Raises:
         StreamlineError: if no method is eligible.
     """
-    here = [row for row in rows if row.tokens == tokens]
+    here = [row for row in rows if row.tokens == tokens and not row.reference]
     places = sorted({(row.model, row.layers) for row in here})
     smallest = {place: min(row.parameters for row in here if (row.model, row.layers) == place) for place in places}
     methods = dict.fromkeys(row.method for row in here)

@@ -8,11 +8,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
 from llm_streamline.errors import StreamlineError
 from llm_streamline.evaluation.result import HELD_OUT
+from llm_streamline.leaderboard.changes import in_short, is_plain_removal, taken_out
 from llm_streamline.leaderboard.records import Record, Shelf
 from llm_streamline.report.accuracy import mean_accuracies
 from llm_streamline.report.pair import Pair
@@ -62,6 +64,15 @@ class Row:
     commands: tuple[str, ...] = field(repr=False)
     keys: tuple[str, ...] = field(repr=False)
     texts: tuple[str, ...] = ()  # names of the evaluation texts
+    change: str = ""  # what the plan does, in short
+    taken_out: tuple[int, ...] | None = None  # original layers that leave; None: others than that, or not for all seeds
+    is_plain: bool = False  # layers leave, nothing comes in their place, nothing is trained
+    reference: bool = False  # shown, but does not stand for the default
+
+    @property
+    def shown(self) -> Estimate | None:
+        """The loss that counts for a reader: on the evaluation texts, or on the held-out text where there are none."""
+        return self.evaluation or self.development
 
     @property
     def forward_tokens(self) -> float | None:
@@ -96,6 +107,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
     pairs = [run.pair for _, run in members]
     size = pairs[0].after.size
     texts = tuple(p.name for p in pairs[0].both.perplexity if p.name != HELD_OUT)
+    plans = [run.plan for _, run in members]
     return Row(
         model=model,
         method=method,
@@ -119,7 +131,17 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
         commands=tuple(record.command for record, _ in members),
         keys=tuple(record.key for record, _ in members),
         texts=texts,
+        change=_same([in_short(plan) for plan in plans if plan], "varies with the seed") or "",
+        taken_out=_same([taken_out(plan) for plan in plans if plan], None),
+        is_plain=all(plan and is_plain_removal(plan) for plan in plans) and not any(run.training for _, run in members),
+        reference=any(record.reference for record, _ in members),
     )
+
+
+def _same(values: Sequence[Any], otherwise: Any) -> Any:
+    """What all of them are; `otherwise` when they differ."""
+    found = set(values)
+    return values[0] if len(found) == 1 else otherwise if found else None
 
 
 def _combined(found: Sequence[Estimate | None]) -> Estimate | None:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from llm_streamline.errors import StreamlineError
 from llm_streamline.leaderboard.choose import Choice, choose_default
 from llm_streamline.leaderboard.collect import Estimate, Row, rows_of
+from llm_streamline.leaderboard.gap import gaps_closed
 from llm_streamline.leaderboard.records import Record, Shelf
 from llm_streamline.output import write_json, write_text
 from llm_streamline.report import words
@@ -29,12 +30,74 @@ def draw(shelf: Shelf) -> dict[str, Any]:
         OutputError: if the page cannot be written.
     """
     title, records = shelf.board()
-    rows, others = rows_of(records, shelf)
-    choices = _choices(rows)
-    data = _data(title, rows, others, choices)
-    write_text(shelf.out / PAGE, _render(title, rows, others, choices))
+    view = View(title, *rows_of(records, shelf))
+    write_text(shelf.out / PAGE, view.html())
+    data = view.data()
     write_json(shelf.out / DATA, data)
     return {**data, "page": str(shelf.out / PAGE)}
+
+
+class View:
+    """What there is to see of a leaderboard, as a page, as tables in Markdown, and as plain data."""
+
+    def __init__(self, title: str, rows: Sequence[Row], others: Sequence[Record]):
+        self._title, self._rows, self._others = title, rows, others
+        self._choices = _choices(rows)
+
+    def data(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        gaps = gaps_closed(self._rows)
+        rows = [{**dataclasses.asdict(row), "gap_closed": gaps.get(i)} for i, row in enumerate(self._rows)]
+        return {
+            "title": self._title,
+            "rows": rows,
+            "not_finished": [record.model_dump(mode="json") for record in self._others],
+            "default": {
+                str(tokens): {"none": choice} if isinstance(choice, str) else dataclasses.asdict(choice)
+                for tokens, choice in self._choices.items()
+            },
+        }
+
+    def html(self) -> str:
+        """One self-contained page."""
+        return self._filled("leaderboard.html.j2")
+
+    def markdown(self, **more: Any) -> str:
+        """Tables as a code host shows them; `more` goes to the template."""
+        return self._filled("leaderboard.md.j2", **more)
+
+    def _filled(self, template: str, **more: Any) -> str:
+        rows, others = self._rows, self._others
+        keys = dict(zip(dict.fromkeys(row.method for row in rows), _letters(), strict=False))
+        gaps = {id(rows[index]): share for index, share in gaps_closed(rows).items()}
+        texts = tuple(dict.fromkeys(text for row in rows for text in row.texts))
+        boards = [
+            {
+                "model": model,
+                "tokens": tokens,
+                "heading": budget_words(tokens),
+                "plots": _plots(here, keys),
+                "groups": _groups(here, keys, gaps),
+                "choice": self._choices[tokens],
+            }
+            for model, tokens, here in _boards(rows)
+        ]
+        return (
+            environment()
+            .get_template(template)
+            .render(
+                title=self._title,
+                date=datetime.now(UTC).date().isoformat(),
+                boards=boards,
+                models=dict.fromkeys(row.model for row in rows),
+                texts=words.listed([words.model_name(text) for text in texts]),
+                others=[record for record in others if record.status != "pending"],
+                pending=[record for record in others if record.status == "pending"],
+                commands=[(row, words.count(row.tokens), row.commands) for row in rows],
+                keys=keys,
+                **more,
+            )
+        )
 
 
 def _choices(rows: Sequence[Row]) -> dict[int, Choice | str]:
@@ -46,51 +109,6 @@ def _choices(rows: Sequence[Row]) -> dict[int, Choice | str]:
         except StreamlineError as problem:
             found[tokens] = str(problem)
     return found
-
-
-def _data(
-    title: str, rows: Sequence[Row], others: Sequence[Record], choices: dict[int, Choice | str]
-) -> dict[str, Any]:
-    return {
-        "title": title,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "not_finished": [record.model_dump(mode="json") for record in others],
-        "default": {
-            str(tokens): {"none": choice} if isinstance(choice, str) else dataclasses.asdict(choice)
-            for tokens, choice in choices.items()
-        },
-    }
-
-
-def _render(title: str, rows: Sequence[Row], others: Sequence[Record], choices: dict[int, Choice | str]) -> str:
-    keys = dict(zip(dict.fromkeys(row.method for row in rows), _letters(), strict=False))
-    texts = tuple(dict.fromkeys(text for row in rows for text in row.texts))
-    boards = [
-        {
-            "model": model,
-            "tokens": tokens,
-            "heading": budget_words(tokens),
-            "plots": _plots(here, keys),
-            "groups": _groups(here, keys),
-            "choice": choices[tokens],
-        }
-        for model, tokens, here in _boards(rows)
-    ]
-    return (
-        environment()
-        .get_template("leaderboard.html.j2")
-        .render(
-            title=title,
-            date=datetime.now(UTC).date().isoformat(),
-            boards=boards,
-            models=dict.fromkeys(row.model for row in rows),
-            texts=words.listed([words.model_name(text) for text in texts]),
-            others=[record for record in others if record.status != "pending"],
-            pending=[record for record in others if record.status == "pending"],
-            commands=[(row, words.count(row.tokens), row.commands) for row in rows],
-            keys=keys,
-        )
-    )
 
 
 def budget_words(tokens: int) -> str:
@@ -108,14 +126,9 @@ def _letters() -> Iterator[str]:
         yield from (letter * size for letter in string.ascii_uppercase)
 
 
-def _shown(row: Row) -> Estimate | None:
-    """The loss that is drawn: on the evaluation texts, or on the held-out text where there are none."""
-    return row.evaluation or row.development
-
-
 def _plots(rows: Sequence[Row], keys: dict[str, str]) -> list[tuple[str, Markup]]:
     plots = []
-    losses = [(row, math.exp(_shown(row).value)) for row in rows if _shown(row) is not None]
+    losses = [(row, math.exp(row.shown.value)) for row in rows if row.shown is not None]
     accuracies = [(row, 100 * row.accuracy.value) for row in rows if row.accuracy is not None]
     for title, label, found, low, log in (
         ("Perplexity against size", "perplexity ratio", losses, True, True),
@@ -130,13 +143,15 @@ def _plots(rows: Sequence[Row], keys: dict[str, str]) -> list[tuple[str, Markup]
     return plots
 
 
-def _groups(rows: Sequence[Row], keys: dict[str, str]) -> list[tuple[int, list[dict[str, Any]]]]:
+def _groups(
+    rows: Sequence[Row], keys: dict[str, str], gaps: dict[int, float]
+) -> list[tuple[int, list[dict[str, Any]]]]:
     """For each number of layers its rows, best first; the best figure of each column is marked."""
     groups = []
     for layers in sorted({row.layers for row in rows}):
         here = [row for row in rows if row.layers == layers]
-        here.sort(key=lambda row: (math.inf if _shown(row) is None else _shown(row).value, row.method))
-        groups.append((layers, [_cells(row, keys[row.method], _best(here)) for row in here]))
+        here.sort(key=lambda row: (math.inf if row.shown is None else row.shown.value, row.method))
+        groups.append((layers, [_cells(row, keys[row.method], gaps.get(id(row)), _best(here)) for row in here]))
     return groups
 
 
@@ -158,17 +173,19 @@ def _best(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def _cells(row: Row, key: str, best: dict[str, float]) -> dict[str, Any]:
+def _cells(row: Row, key: str, gap: float | None, best: dict[str, float]) -> dict[str, Any]:
     marked = {name for name, value, _ in _COLUMNS if name in best and value(row) == best[name]}
     return {
         "key": key,
         "method": row.method,
         "seeds": len(row.seeds),
         "num_layers": row.num_layers,
+        "change": row.change or words.MISSING,
         "parameters": words.count(row.parameters),
         "perplexity": words.MISSING if row.evaluation_perplexity is None else words.decimal(row.evaluation_perplexity),
         "evaluation": _ratio(row.evaluation),
         "development": _ratio(row.development),
+        "gap": words.MISSING if gap is None else words.percent(gap, 0),
         "kl": words.MISSING if row.kl is None else words.decimal(row.kl, 3),
         "accuracy": _points(row.accuracy),
         "stability": words.MISSING if row.stability is None else words.percent(row.stability),

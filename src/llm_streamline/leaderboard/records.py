@@ -43,6 +43,7 @@ class Record(FrozenModel):
     tokens: int
     seed: int
     note: str = ""
+    reference: bool = Field(False, description="something to compare with, no candidate for the default")
     command: str = Field(description="repeats the run")
     status: Status = "pending"
     reason: str = Field("", description="why it was refused, failed or stopped")
@@ -62,6 +63,7 @@ class Line(FrozenModel):
     model: str
     method: str
     note: str = ""
+    reference: bool = False
 
 
 class BoardFile(FrozenModel):
@@ -126,7 +128,9 @@ class Shelf:
 
     def write_board(self, title: str, records: Sequence[Record]) -> None:
         """Write which runs the board consists of."""
-        lines = tuple(Line(key=r.key, model=r.model, method=r.method, note=r.note) for r in records)
+        lines = tuple(
+            Line(key=r.key, model=r.model, method=r.method, note=r.note, reference=r.reference) for r in records
+        )
         write_json(self.out / _BOARD, BoardFile(title=title, lines=lines).model_dump(mode="json"))
 
     def board(self) -> tuple[str, list[Record]]:

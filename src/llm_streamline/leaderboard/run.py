@@ -107,7 +107,7 @@ def recorded(entry: Entry, shelf: Shelf, fingerprints: Callable[[str], str]) -> 
             note=entry.note,
             command=shlex.join(["llm-streamline", *_arguments(entry, shelf.recipe(key), shelf.run(key))]),
         )
-    named = {"model": entry.model, "method": entry.method, "note": entry.note}  # names may change, content not
+    named = {name: getattr(entry, name) for name in ("model", "method", "note", "reference")}  # may change, content not
     record = record.model_copy(update=named)
     if problem:
         record = record.model_copy(update={"status": "refused", "reason": problem})

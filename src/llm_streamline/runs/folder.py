@@ -1,5 +1,6 @@
 """The folder of a run: opened before anything is written, finished with report, card and manifest."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,4 +117,4 @@ def protected(source: ModelSource) -> Path | None:
 
 def command_line() -> str:
     """The command that runs, as the user would type it."""
-    return " ".join(["llm-streamline", *sys.argv[1:]]) if "llm-streamline" in sys.argv[0] else "Python API"
+    return " ".join(["llm-streamline", *sys.argv[1:]]) if re.search("llm.streamline", sys.argv[0]) else "Python API"

@@ -1,0 +1,111 @@
+"""A leaderboard to hand on: page, tables, data and recipes in one folder, without a path of the machine it was made on.
+
+DIR/README.md          the tables
+DIR/leaderboard.html   the page
+DIR/leaderboard.json   all figures
+DIR/recipes/KEY.yaml   what was run; texts and tasks by file name
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_streamline.data.spec import parse_spec
+from llm_streamline.errors import OutputError, StreamlineError
+from llm_streamline.files import saving, write_json, write_text
+from llm_streamline.leaderboard.collect import Row, rows_of
+from llm_streamline.leaderboard.page import DATA, PAGE, View
+from llm_streamline.leaderboard.records import Record, Shelf
+from llm_streamline.report.words import NBSP
+
+_TABLES, _RECIPES = "README.md", "recipes"
+_FOLDERS = re.compile(r"(?<![\w:/.])(?:~|\.{0,2})/(?:[^\s/'\",:;]+/)*(?=[^\s/'\",:;]+)")
+
+
+def share(shelf: Shelf, folder: str | Path) -> Path:
+    """Write what can be handed on.
+
+    Args:
+        shelf: a leaderboard's folder.
+        folder: where to; new, empty, or what an earlier call left.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StreamlineError: if no leaderboard was made there.
+        OutputError: if `folder` holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / DATA).is_file())):
+        raise OutputError(f"{folder} is not empty and holds no shared leaderboard: choose another folder")
+    title, records = shelf.board()
+    rows, others = rows_of([_portable(record) for record in records], shelf)
+    rows = [dataclasses.replace(row, texts=tuple(_file_name(text) for text in row.texts)) for row in rows]
+    if not rows:
+        raise StreamlineError(f"{shelf.out} holds no finished run: there is nothing to hand on")
+    view = View(title, rows, others)
+    keys = {key for row in rows for key in row.keys}
+    with saving(folder):
+        (folder / _RECIPES).mkdir(parents=True, exist_ok=True)
+        for old in (folder / _RECIPES).glob("*.yaml"):
+            if re.fullmatch(r"[0-9a-f]{16}", old.stem) and old.stem not in keys:
+                old.unlink()
+    for key in sorted(keys):
+        write_text(folder / _RECIPES / f"{key}.yaml", _portable_recipe(shelf.recipe(key)))
+    write_text(folder / PAGE, view.html())
+    tables = view.markdown(machine=_machine(shelf, rows), unrun=_unrun(others))
+    write_text(folder / _TABLES, tables.replace(NBSP, " "))
+    write_json(folder / DATA, view.data())
+    return folder
+
+
+def _portable(record: Record) -> Record:
+    source = _file_name(record.source)
+    command = f"llm-streamline compress {source} -o OUT --recipe {_RECIPES}/{record.key}.yaml"
+    return record.model_copy(update={"source": source, "command": command, "reason": without_folders(record.reason)})
+
+
+def _portable_recipe(path: Path) -> str:
+    recipe: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, name in (("text", "sources"), ("evaluation", "perplexity"), ("evaluation", "tasks")):
+        if recipe.get(section, {}).get(name):
+            recipe[section][name] = [_file_name(one) for one in recipe[section][name]]
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def _file_name(spec: str) -> str:
+    """A text, task or model without the folder it lies in; what is no path here stays as it is."""
+    try:
+        source = parse_spec(spec).source
+    except StreamlineError:
+        source = spec
+    is_path = source.startswith(("/", "./", "../", "~")) or Path(source).exists()
+    return spec.replace(source, Path(source).name) if is_path else spec
+
+
+def without_folders(sentence: str) -> str:
+    """Leave of every path in a sentence its last part."""
+    return _FOLDERS.sub("", sentence)
+
+
+def _machine(shelf: Shelf, rows: Sequence[Row]) -> str:
+    """Versions that the first run was made with; the manifests of all were written by the same tool."""
+    from llm_streamline.report.run import load_run
+
+    versions = load_run(shelf.result(rows[0].keys[0])).manifest.get("versions", {})
+    shown = ("platform", "cpus", "python", "torch", "transformers", "llm-streamline")
+    return ", ".join(f"{name} {versions[name]}" for name in shown if name in versions)
+
+
+def _unrun(others: Sequence[Record]) -> str:
+    """Which budgets are missing, told by method, so that a long list stays short."""
+    missing: dict[str, list[str]] = {}
+    for record in others:
+        if record.status == "pending":
+            missing.setdefault(record.method, []).append(f"{record.layers}/{record.tokens}/{record.seed}")
+    return "; ".join(f"{method} ({', '.join(runs)})" for method, runs in missing.items())
