@@ -1,11 +1,14 @@
 """Checks before the stages: what would fail after hours is refused before anything is written or measured."""
 
+from pathlib import Path
+
 from llm_streamline import ranks
 from llm_streamline.arch import check_architecture
 from llm_streamline.config import Recipe
 from llm_streamline.data.text import open_text
 from llm_streamline.engines import check_engines
-from llm_streamline.errors import ConfigError, PlanError
+from llm_streamline.errors import ConfigError, OutputError, PlanError
+from llm_streamline.measure.files import Statistics
 from llm_streamline.methods.registry import find_method
 from llm_streamline.plan import Plan, Replace, templates_for
 from llm_streamline.replacements.build import build_replacements
@@ -97,3 +100,43 @@ def check_text(loaded: LoadedModel, recipe: Recipe) -> None:
             open_text(spec, model=loaded.model, tokenizer=loaded.tokenizer, seed=recipe.seed)
 
     ranks.from_main(open_all)
+
+
+def check_needs_no_text(plan: Plan) -> None:
+    """Refuse a plan whose networks are nothing until they are fitted to text.
+
+    Raises:
+        PlanError: naming the network, and the command that fits it.
+    """
+    for edit in plan.edits:
+        if isinstance(edit, Replace) and edit.network.is_fitted:
+            raise PlanError(
+                f"the {edit.network.kind} in place of [{edit.start}, {edit.stop}) is fitted to text "
+                f"({edit.network.init}), and apply reads none; use `llm-streamline train PLAN MODEL --train-tokens 0`"
+            )
+
+
+def check_statistics(statistics: Statistics, loaded: LoadedModel) -> None:
+    """Refuse statistics that were measured on another model.
+
+    Raises:
+        PlanError: naming both models.
+    """
+    if statistics.info.model.fingerprint != loaded.source.fingerprint:
+        raise PlanError(
+            f"these statistics are of '{statistics.info.model.spec}', not of '{loaded.source.spec}'; "
+            "run analyze on this model"
+        )
+
+
+def check_plan_file(path: Path) -> None:
+    """Refuse a path that a plan cannot be written to without losing something else.
+
+    Raises:
+        OutputError: if it is a folder.
+        PlanError: if it is a file that holds no plan.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file for the plan, such as {path / 'plan.json'}")
+    if path.exists():
+        Plan.load(path)  # only a plan is ever overwritten by a plan
