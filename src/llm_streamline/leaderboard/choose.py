@@ -6,7 +6,7 @@ page shows, are never looked at here.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from llm_streamline.errors import StreamlineError
@@ -40,8 +40,9 @@ def choose_default(rows: Sequence[Row], tokens: int) -> Choice:
     """Pick the method that becomes the default recipe at one budget of training tokens.
 
     1. A method stands for election when it has a finished, stock result at every model and number of layers of the
-       board, with the same seeds as the others, at no more parameters than the smallest result there and 1 %.
-    2. Its score is the mean, over models and numbers of layers, of its loss above the original's on development text.
+       board, at no more parameters than the smallest result there and 1 %.
+    2. Its score is the mean, over models and numbers of layers, of its loss above the original's on development text,
+       over the seeds that all methods have.
     3. The lowest score leads. Among those whose score is not more than one standard error of the difference above it,
        the cheapest in arithmetic wins; the name decides between equals.
 
@@ -56,8 +57,8 @@ def choose_default(rows: Sequence[Row], tokens: int) -> Choice:
     places = sorted({(row.model, row.layers) for row in here})
     smallest = {place: min(row.parameters for row in here if (row.model, row.layers) == place) for place in places}
     methods = dict.fromkeys(row.method for row in here)
-    most = max((len(row.seeds) for row in here), default=0)
-    standings = [_standing([r for r in here if r.method == m], m, places, smallest, most) for m in methods]
+    seeds = set(here[0].seeds).intersection(*(row.seeds for row in here)) if here else set()
+    standings = [_standing([r for r in here if r.method == m], m, places, smallest, seeds) for m in methods]
     able = sorted((s for s in standings if not s.obstacle), key=lambda s: (s.score, s.method))
     if not able:
         found = "; ".join(f"{s.method}: {s.obstacle}" for s in standings) or "there are no finished runs"
@@ -70,11 +71,11 @@ def choose_default(rows: Sequence[Row], tokens: int) -> Choice:
 
 
 def _standing(
-    rows: list[Row], method: str, places: list[tuple], smallest: dict[tuple, int], most_seeds: int
+    rows: list[Row], method: str, places: list[tuple], smallest: dict[tuple, int], seeds: Collection[int]
 ) -> Standing:
     at = {(row.model, row.layers): row for row in rows}
-    obstacle = _obstacle(at, places, smallest, most_seeds)
-    found = [row.development for row in rows if row.development is not None]
+    obstacle = _obstacle(at, places, smallest, seeds)
+    found = [one for row in rows if (one := row.development_over(seeds)) is not None]
     if not found:
         return Standing(method, None, None, None, obstacle)
     score = statistics.mean(one.value for one in found)
@@ -84,16 +85,17 @@ def _standing(
     return Standing(method, score, stderr, None if None in costs else statistics.mean(costs), obstacle)
 
 
-def _obstacle(at: dict[tuple, Row], places: list[tuple], smallest: dict[tuple, int], most_seeds: int) -> str:
+def _obstacle(at: dict[tuple, Row], places: list[tuple], smallest: dict[tuple, int], seeds: Collection[int]) -> str:
+    if not seeds:
+        return "the methods have no seed in common"
     for place in places:
         where = f"{place[1]} layers fewer in {place[0]}"
         row = at.get(place)
         if row is None:
             return f"no finished run at {where}"
-        if row.development is None or not math.isfinite(row.development.value):
+        development = row.development_over(seeds)
+        if development is None or not math.isfinite(development.value):
             return f"no finite loss on development text at {where}"
-        if len(row.seeds) < most_seeds:
-            return f"fewer seeds than others at {where}"
         if row.parameters > smallest[place] * (1 + MOST_EXTRA_PARAMETERS):
             extra = row.parameters / smallest[place] - 1
             return f"{100 * extra:.1f} % more parameters than the smallest result at {where}"

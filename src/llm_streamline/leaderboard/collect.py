@@ -6,7 +6,7 @@ error, which seeds do not lower because they see the same evaluation, plus the s
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,11 @@ class Row:
     taken_out: tuple[int, ...] | None = None  # original layers that leave; None: others than that, or not for all seeds
     is_plain: bool = False  # layers leave, nothing comes in their place, nothing is trained
     reference: bool = False  # shown, but does not stand for the default
+    developments: tuple[Estimate | None, ...] = field(default=(), repr=False)  # of each seed
+
+    def development_over(self, seeds: Collection[int]) -> Estimate | None:
+        """Loss on development text over some of the seeds; None when one of them lacks it."""
+        return _combined([one for seed, one in zip(self.seeds, self.developments, strict=True) if seed in seeds])
 
     @property
     def shown(self) -> Estimate | None:
@@ -108,6 +113,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
     size = pairs[0].after.size
     texts = tuple(p.name for p in pairs[0].both.perplexity if p.name != HELD_OUT)
     plans = [run.plan for _, run in members]
+    developments = tuple(_loss(pair, (HELD_OUT,)) for pair in pairs)
     return Row(
         model=model,
         method=method,
@@ -117,7 +123,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
         num_layers=size.num_layers,
         parameters=size.parameters,
         parameters_original=pairs[0].before.size.parameters,
-        development=_combined([_loss(pair, (HELD_OUT,)) for pair in pairs]),
+        development=_combined(developments),
         evaluation=_combined([_loss(pair, texts) for pair in pairs]) if texts else None,
         evaluation_perplexity=_mean([_perplexity(pair, texts) for pair in pairs]) if texts else None,
         kl=_mean([_kl(pair, texts or (HELD_OUT,)) for pair in pairs]),
@@ -135,6 +141,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
         taken_out=_same([taken_out(plan) for plan in plans if plan], None),
         is_plain=all(plan and is_plain_removal(plan) for plan in plans) and not any(run.training for _, run in members),
         reference=any(record.reference for record, _ in members),
+        developments=developments,
     )
 
 
