@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import math
+import re
 import statistics
 
 import pytest
@@ -21,6 +22,7 @@ from llm_streamline.leaderboard.page import draw
 from llm_streamline.leaderboard.records import Record, Shelf
 from llm_streamline.leaderboard.share import share
 from llm_streamline.plan import Merge, Plan, Remove, Silence
+from llm_streamline.report.pareto import Spot, scatter
 from llm_streamline.report.words import NBSP
 
 
@@ -141,6 +143,21 @@ def test_the_page_is_drawn_from_files_and_says_everything(shelf):
     assert page.count('class="chart scatter"') == 2
     assert data["default"]["0"]["winner"] == "first"
     assert json.loads((shelf.out / "leaderboard.json").read_text())["rows"] == json.loads(json.dumps(data["rows"]))
+
+
+def test_a_ruin_does_not_flatten_the_others_and_no_circle_hides_another():
+    spots = [Spot("0", "original", 10.0, 1.0, True), Spot("A", "one", 5.0, 3.0), Spot("B", "two", 5.0, 3.001)]
+    settings = {"x_label": "size", "y_label": "ratio", "low_x": True, "low_y": True, "log_y": True}
+    whole, cut = (
+        re.findall(r'<circle[^>]*cx="([\d.]+)" cy="([\d.]+)"', scatter([*spots, ruin], at_most=100.0, **settings))
+        for ruin in (Spot("C", "ruin", 5.0, 100.0), Spot("C", "ruin", 5.0, 1e8))
+    )
+    assert len(cut) == 4
+    assert cut == whole  # drawn where 100 would be
+    places = [(float(x), float(y)) for x, y in cut]
+    assert min(math.dist(a, b) for i, a in enumerate(places) for b in places[:i]) >= 22
+    assert "above 100" in scatter([*spots, Spot("C", "ruin", 5.0, 1e8)], at_most=100.0, **settings)
+    assert "ratio 1e+08" in scatter([*spots, Spot("C", "ruin", 5.0, 1e8)], at_most=100.0, **settings)
 
 
 def test_a_board_without_results_has_a_page(tmp_path):

@@ -20,6 +20,8 @@ from llm_streamline.report.html import environment
 from llm_streamline.report.pareto import Spot, scatter
 
 PAGE, DATA = "leaderboard.html", "leaderboard.json"
+JOINER = "\u2060"  # no line ends here
+RUINED = 100.0  # times the original's perplexity: beyond, it does not matter any more how far
 
 
 def draw(shelf: Shelf) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class View:
                 "plots": _plots(here, keys),
                 "groups": _groups(here, keys, gaps),
                 "choice": self._choices[tokens],
+                "shows": _columns_with_something(here, gaps),
             }
             for model, tokens, here in _boards(rows)
         ]
@@ -130,15 +133,15 @@ def _plots(rows: Sequence[Row], keys: dict[str, str]) -> list[tuple[str, Markup]
     plots = []
     losses = [(row, math.exp(row.shown.value)) for row in rows if row.shown is not None]
     accuracies = [(row, 100 * row.accuracy.value) for row in rows if row.accuracy is not None]
-    for title, label, found, low, log in (
-        ("Perplexity against size", "perplexity ratio", losses, True, True),
-        ("Mean accuracy against size", "change of mean accuracy, points", accuracies, False, False),
+    for title, label, found, low, log, most in (
+        ("Perplexity against size", "perplexity ratio", losses, True, True, RUINED),
+        ("Mean accuracy against size", "change of mean accuracy, points", accuracies, False, False, math.inf),
     ):
         if len(found) > 1:
             spots = [Spot(keys[row.method], row.method, row.parameters, value) for row, value in found]
             original = found[0][0].parameters_original
             spots.append(Spot("0", "original", original, 1.0 if low else 0.0, True))
-            chart = scatter(spots, x_label="parameters", y_label=label, low_x=True, low_y=low, log_y=log)
+            chart = scatter(spots, x_label="parameters", y_label=label, low_x=True, low_y=low, log_y=log, at_most=most)
             plots.append((title, chart))
     return plots
 
@@ -164,6 +167,15 @@ _COLUMNS = (
 )
 
 
+def _columns_with_something(rows: Sequence[Row], gaps: dict[int, float]) -> dict[str, bool]:
+    """Which of the columns that not every board fills are worth their room."""
+    return {
+        "layers": any(row.num_layers != rows[0].num_layers for row in rows if row.layers == rows[0].layers),
+        "gap": any(id(row) in gaps for row in rows),
+        "kl": any(row.kl is not None for row in rows),
+    }
+
+
 def _best(rows: Sequence[Row]) -> dict[str, float]:
     found = {}
     for name, value, pick in _COLUMNS:
@@ -180,7 +192,7 @@ def _cells(row: Row, key: str, gap: float | None, best: dict[str, float]) -> dic
         "method": row.method,
         "seeds": len(row.seeds),
         "num_layers": row.num_layers,
-        "change": row.change or words.MISSING,
+        "change": _unbroken(row.change) or words.MISSING,
         "parameters": words.count(row.parameters),
         "perplexity": words.MISSING if row.evaluation_perplexity is None else words.decimal(row.evaluation_perplexity),
         "evaluation": _ratio(row.evaluation),
@@ -197,11 +209,16 @@ def _cells(row: Row, key: str, gap: float | None, best: dict[str, float]) -> dic
     }
 
 
+def _unbroken(change: str) -> str:
+    """Spans of layers stay on one line."""
+    return change.replace("–", f"{JOINER}–{JOINER}")
+
+
 def _ratio(found: Estimate | None) -> tuple[str, str]:
     """A loss difference as a ratio of perplexities, and its interval."""
     if found is None:
         return words.MISSING, ""
-    interval = found.interval
+    interval = found.interval if math.exp(found.value) <= RUINED else None
     ends = words.between(*(words.decimal(math.exp(end)) for end in interval)) if interval else ""
     return words.times(math.exp(found.value)), ends
 

@@ -18,7 +18,7 @@ from llm_streamline.data.spec import parse_spec
 from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.files import saving, write_json, write_text
 from llm_streamline.leaderboard.collect import Row, rows_of
-from llm_streamline.leaderboard.page import DATA, PAGE, View
+from llm_streamline.leaderboard.page import DATA, JOINER, PAGE, View
 from llm_streamline.leaderboard.records import Record, Shelf
 from llm_streamline.report.words import NBSP
 
@@ -59,7 +59,7 @@ def share(shelf: Shelf, folder: str | Path) -> Path:
         write_text(folder / _RECIPES / f"{key}.yaml", _portable_recipe(shelf.recipe(key)))
     write_text(folder / PAGE, view.html())
     tables = view.markdown(machine=_machine(shelf, rows), unrun=_unrun(others))
-    write_text(folder / _TABLES, tables.replace(NBSP, " "))
+    write_text(folder / _TABLES, tables.replace(NBSP, " ").replace(JOINER, ""))
     write_json(folder / DATA, view.data())
     return folder
 

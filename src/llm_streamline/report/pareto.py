@@ -10,6 +10,8 @@ from llm_streamline.report import svg
 from llm_streamline.report.plots import WIDTH, Point, grid, left_margin
 from llm_streamline.report.svg import Scale
 
+_RADIUS = 11.0  # of a model's circle
+
 
 @dataclass(frozen=True)
 class Spot:
@@ -40,30 +42,66 @@ def pareto_front(points: Sequence[Point], *, low_x: bool, low_y: bool) -> list[i
 
 
 def scatter(
-    spots: Sequence[Spot], *, x_label: str, y_label: str, low_x: bool, low_y: bool, log_y: bool = False
+    spots: Sequence[Spot],
+    *,
+    x_label: str,
+    y_label: str,
+    low_x: bool,
+    low_y: bool,
+    log_y: bool = False,
+    at_most: float = math.inf,
 ) -> Markup:
-    """Quality against cost: the models on the Pareto front are joined, the original is a ring."""
+    """Quality against cost: the models on the Pareto front are joined, the original is a ring.
+
+    Args:
+        spots: the models.
+        x_label: name of the axis, and
+        y_label: of the other.
+        low_x: smaller x is better.
+        low_y: smaller y is better.
+        log_y: y in powers of ten.
+        at_most: what lies above is drawn at the upper edge, so that a ruin does not flatten all others.
+    """
     right, top, height = WIDTH - 18, 20.0, 330.0
     bottom = height - 46
-    log_y = log_y and min(spot.y for spot in spots) > 0
-    ys = [spot.y for spot in spots]
+    shown = [min(spot.y, at_most) for spot in spots]
+    log_y = log_y and min(shown) > 0
     up = (
-        Scale(min(ys) / 1.12, max(ys) * 1.12, bottom, top, log=True)
+        Scale(min(shown) / 1.12, max(shown) * 1.12, bottom, top, log=True)
         if log_y
-        else Scale(*svg.padded(ys, 0.1), bottom, top)
+        else Scale(*svg.padded(shown, 0.1), bottom, top)
     )
     left = left_margin(up)
     across = Scale(*svg.padded([spot.x for spot in spots], 0.1), left, right)
     parts = grid(across, up, left, right, bottom, x_label, y_label, height)
     front = pareto_front([(spot.x, spot.y) for spot in spots], low_x=low_x, low_y=low_y)
-    ahead = set(front)
-    parts.append(svg.polyline([(across(spots[i].x), up(spots[i].y)) for i in front], "front"))
-    for index, spot in enumerate(spots):
-        x, y = across(spot.x), up(spot.y)
-        style = "spot original" if spot.original else "spot front-spot" if index in ahead else "spot"
+    places = [(across(spot.x), up(y)) for spot, y in zip(spots, shown, strict=True)]
+    parts.append(svg.polyline([places[i] for i in front], "front"))
+    if max(spot.y for spot in spots) > at_most:
+        parts.append(svg.text(right, top - 6, f"at the upper edge: above {at_most:g}", "tick", "end"))
+    order = sorted(range(len(spots)), key=lambda i: (i not in front, i))  # the front stands where it belongs
+    taken: list[Point] = []
+    drawn: list[Markup] = []
+    for index in order:
+        spot, (x, y) = spots[index], places[index]
+        beside = _free_place(x, y, taken, left, right)
+        taken.append((beside, y))
+        if beside != x:
+            parts.append(svg.line(x, y, beside, y, "grid"))
+        style = "spot original" if spot.original else "spot front-spot" if index in front else "spot"
         note = svg.tip(f"{spot.name}: {x_label} {spot.x:.4g}, {y_label} {spot.y:.4g}")
-        parts.append(svg.circle(x, y, 11, style, **note))
-        parts.append(
-            svg.text(x, y + 4.4, spot.key, "spot-key inside" if style.endswith("front-spot") else "spot-key", "middle")
-        )
-    return svg.drawing(WIDTH, height, parts, f"{y_label} against {x_label}", "scatter")
+        drawn.append(svg.circle(beside, y, _RADIUS, style, **note))
+        ink = "spot-key inside" if style.endswith("front-spot") else "spot-key"
+        drawn.append(svg.text(beside, y + 4.4, spot.key, ink, "middle"))
+    return svg.drawing(WIDTH, height, [*parts, *drawn], f"{y_label} against {x_label}", "scatter")
+
+
+def _free_place(x: float, y: float, taken: Sequence[Point], left: float, right: float) -> float:
+    """The x nearest to the wanted one at which a circle covers no other; the wanted one when there is none."""
+    step = 2 * _RADIUS + 1
+    for number in range(int((right - left) / step) + 1):
+        for candidate in (x + number * step, x - number * step):
+            inside = left + _RADIUS <= candidate <= right - _RADIUS or candidate == x
+            if inside and all(math.hypot(candidate - a, y - b) >= step - 1e-9 for a, b in taken):
+                return candidate
+    return x
