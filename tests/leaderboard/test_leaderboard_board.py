@@ -167,3 +167,11 @@ def test_the_shipped_specification_is_what_it_promises():
         assert not set(entry.recipe.evaluation.perplexity) & set(entry.recipe.text.sources)
         if entry.tokens:
             assert entry.recipe.replacement.kind != "none" or entry.recipe.training.trainable != "replacement"
+
+
+def test_the_second_family_is_compared_by_at_least_four_methods():
+    spec = SHIPPED.with_name("leaderboard-gemma.yaml")
+    found = entries_of(load_board(spec), spec.parent)
+    assert {entry.source for entry in found} == {"gemma"}
+    assert len({entry.recipe.selection.method for entry in found}) >= 4
+    assert 49_152 in {entry.tokens for entry in found if entry.method == "default"}
