@@ -88,6 +88,19 @@ def test_seeds_become_one_row_with_their_spread(shelf):
     assert high - low == pytest.approx(2 * 1.96 * first.development.stderr)
 
 
+def test_stability_over_seeds_has_a_standard_error(shelf):
+    tool = shelf.result("a1") / "streamline" / "results.json"
+    data = json.loads(tool.read_text())
+    for average in data["comparisons"][0]["stability_averages"]:
+        average["stability"] -= 0.04
+    tool.write_text(json.dumps(data))
+    first, second = rows(shelf)[0]
+    assert first.stability_stderr == pytest.approx(0.02)
+    assert second.stability_stderr == 0
+    (shelf.result("a1") / "streamline" / "results.json").write_text("{")
+    assert rows(shelf)[0][0].stability_stderr is None  # one seed is left
+
+
 def test_a_text_is_development_or_evaluation_and_never_both(shelf):
     first = rows(shelf)[0][0]
     assert HELD_OUT not in first.texts

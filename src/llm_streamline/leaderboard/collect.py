@@ -56,6 +56,7 @@ class Row:
     kl: float | None  # on the evaluation texts, or on the held-out text where there are none
     accuracy: Estimate | None  # mean accuracy, model minus original
     stability: float | None
+    stability_stderr: float | None  # over seeds; None for a single one
     stock: bool
     writes: bool | None  # the verdict of the generation check
     select_forward_tokens: float | None  # cost of choosing, in tokens that the original could have read
@@ -113,6 +114,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
     size = pairs[0].after.size
     texts = tuple(p.name for p in pairs[0].both.perplexity if p.name != HELD_OUT)
     plans = [run.plan for _, run in members]
+    stabilities = [_stability(pair) for pair in pairs]
     developments = tuple(_loss(pair, (HELD_OUT,)) for pair in pairs)
     return Row(
         model=model,
@@ -128,7 +130,8 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
         evaluation_perplexity=_mean([_perplexity(pair, texts) for pair in pairs]) if texts else None,
         kl=_mean([_kl(pair, texts or (HELD_OUT,)) for pair in pairs]),
         accuracy=_combined([_accuracy(pair) for pair in pairs]),
-        stability=_mean([_stability(pair) for pair in pairs]),
+        stability=_mean(stabilities),
+        stability_stderr=_stderr(stabilities),
         stock=all(record.stock is not False for record, _ in members),
         writes=_all([pair.both.generation.ok if pair.both.generation else None for pair in pairs]),
         select_forward_tokens=_mean([_select_cost(run) for _, run in members]),
@@ -213,6 +216,10 @@ def _seconds(run: Run) -> float:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     return None if not values or None in values else statistics.mean(values)
+
+
+def _stderr(values: Sequence[float | None]) -> float | None:
+    return None if len(values) < 2 or None in values else statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _all(values: Sequence[bool | None]) -> bool | None:

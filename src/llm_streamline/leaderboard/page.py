@@ -200,7 +200,7 @@ def _cells(row: Row, key: str, gap: float | None, best: dict[str, float]) -> dic
         "gap": words.MISSING if gap is None else words.percent(gap, 0),
         "kl": words.MISSING if row.kl is None else words.decimal(row.kl, 3),
         "accuracy": _points(row.accuracy),
-        "stability": words.MISSING if row.stability is None else words.percent(row.stability),
+        "stability": _share(row.stability, row.stability_stderr),
         "writes": {True: "yes", False: "no", None: words.MISSING}[row.writes],
         "select": _tokens(row.select_forward_tokens),
         "train": _tokens(row.train_forward_tokens),
@@ -228,6 +228,13 @@ def _points(found: Estimate | None) -> tuple[str, str]:
         return words.MISSING, ""
     ends = words.between(*(words.signed(100 * end) for end in found.interval)) if found.interval else ""
     return words.points(found.value), ends
+
+
+def _share(value: float | None, stderr: float | None) -> tuple[str, str]:
+    """A share, and its standard error over seeds."""
+    if value is None:
+        return words.MISSING, ""
+    return words.percent(value), "" if stderr is None else f"±{words.NBSP}{words.decimal(100 * stderr, 1)}"
 
 
 def _tokens(number: float | None) -> str:
