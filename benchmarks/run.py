@@ -7,8 +7,9 @@
 
 Each benchmark is a script beside this one and writes its own results file; the figures that matter, ratios and counts
 that carry over to other machines, go into results/bench.json with date, machine and versions, one entry a run. A figure
-that is more than 20 % worse than in the last run of the same budget is a regression. Without files, text that Python
-itself carries is used.
+that is more than 20 % worse than in the last run of the same budget is a regression. A script that missed a target of
+its own fails the run too, its figures are kept; one that crashed leaves none. Without files, text that Python itself
+carries is used.
 
 What the scripts leave of their runs lies in WORK/bench-runs-BUDGET. It is removed when its script is done, because a
 run that is found finished is not measured again; after a crash the same call goes on where it was.
@@ -29,10 +30,11 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from regression import LIMIT, Figure, compare, table  # noqa: E402
+from regression import LIMIT, TARGET_MISSED, Figure, compare, table  # noqa: E402
 
 HISTORY = "bench.json"
 KEPT_RUNS = 50
+MISSED = "target missed: "
 QUALITY_TOKENS = {"quick": 16_384, "full": 262_144}
 
 
@@ -253,7 +255,7 @@ def run_all(benchmarks: list[Benchmark], settings: Settings) -> tuple[dict[str, 
     """Run scripts one after the other.
 
     Returns:
-        The figures found, and for each benchmark "ok" or what went wrong.
+        The figures found, and for each benchmark "ok", or which targets it missed, or how it failed.
     """
     figures, notes = {}, {}
     for benchmark in benchmarks:
@@ -265,12 +267,13 @@ def run_all(benchmarks: list[Benchmark], settings: Settings) -> tuple[dict[str, 
         result = benchmark.result(settings)
         before = result.stat().st_mtime_ns if result.is_file() else None
         code = subprocess.run(benchmark.command(settings)).returncode
-        if code or not result.is_file() or result.stat().st_mtime_ns == before:
+        is_new = result.is_file() and result.stat().st_mtime_ns != before
+        if code not in (0, TARGET_MISSED) or not is_new:
             notes[benchmark.name] = f"failed: exit code {code}" if code else f"failed: it wrote no {result.name}"
             continue
-        notes[benchmark.name] = "ok"
         shutil.rmtree(settings.work / benchmark.name, ignore_errors=True)
         found = json.loads(result.read_text(encoding="utf-8"))
+        notes[benchmark.name] = MISSED + "; ".join(found.get("missed", ["it does not say which"])) if code else "ok"
         for figure in benchmark.figures:
             if (value := figure.find(found)) is not None:
                 figures[figure.name] = value
@@ -281,7 +284,7 @@ def conclude(record: dict[str, Any], path: Path, benchmarks: tuple[Benchmark, ..
     """Compare with the last run of the same budget, add this one to the file, print the table.
 
     Returns:
-        The exit code: 1 when a benchmark failed or a figure is a regression.
+        The exit code: 1 when a benchmark failed or missed a target, or a figure is a regression.
     """
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     last = last_figures(runs, record, benchmarks)
@@ -307,7 +310,8 @@ def last_figures(
 
     A run that was a regression itself is not what later ones are measured by: otherwise waiting would accept it.
     """
-    names = [f.name for b in benchmarks if record["benchmarks"].get(b.name) == "ok" for f in b.figures]
+    measured = [b for b in benchmarks if record["benchmarks"].get(b.name, "").startswith(("ok", MISSED))]
+    names = [figure.name for benchmark in measured for figure in benchmark.figures]
     found: dict[str, float] = {}
     for run in reversed([run for run in runs if run["budget"] == record["budget"]]):
         for name in names:

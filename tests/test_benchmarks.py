@@ -9,6 +9,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
+import memory
 import regression
 import run
 
@@ -104,6 +105,47 @@ def test_a_benchmark_that_fails_fails_the_run(tmp_path, capsys):
     assert "fake failed: exit code 3" in capsys.readouterr().out
 
 
+def test_a_missed_target_fails_the_run_and_its_figures_are_compared(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert run.conclude(record(), path, FAKES) == 0
+    late = record(slow=1.5) | {"benchmarks": {"fake": "target missed: x 2 of 1"}}
+    assert run.conclude(late, path, FAKES) == 1
+    said = capsys.readouterr().out
+    assert "fake target missed: x 2 of 1" in said
+    assert "50.0% worse" in said
+    assert json.loads(path.read_text())["runs"][1]["figures"]["slow"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("parts", "code", "missed"),
+    [
+        ({"save": {"returncode": 0, "peak_bytes": 2**29, "target_bytes": 2**30, "ok": True}}, 0, []),
+        (
+            {
+                "save": {"returncode": 0, "peak_bytes": 2**31, "target_bytes": 2**30, "ok": False},
+                "pass": {"ratio": 1.5, "target": 1.3, "ok": False},
+            },
+            3,
+            ["save 2.00 GiB of 1.00 GiB", "pass ratio 1.500 of 1.3"],
+        ),
+        ({"save": {"returncode": 9, "peak_bytes": 2**20, "target_bytes": 2**30, "ok": False}}, 1, None),
+    ],
+)
+def test_memory_tells_a_missed_target_from_a_part_that_failed(tmp_path, monkeypatch, parts, code, missed):
+    arguments = ["memory.py", "--shape", "0.05b", "--parts", ",".join(parts), "--folder", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path)])
+    monkeypatch.setattr(memory, "make_checkpoint", lambda folder, shape: 0)
+    monkeypatch.setattr(memory, "_RUNS", {part: lambda *_, found=found: found for part, found in parts.items()})
+    try:
+        memory.main()
+        ended = 0
+    except SystemExit as leaving:
+        ended = leaving.code
+    assert ended == code
+    if missed is not None:
+        assert json.loads((tmp_path / "memory-0.05b.json").read_text())["missed"] == missed
+
+
 def settings(tmp_path):
     return run.Settings(True, "t", "e", ["k"], 1, tmp_path / "work", tmp_path / "out")
 
@@ -113,7 +155,14 @@ def settings(tmp_path):
     [
         ("json.dump({'a': {'b': 2}, 'c': [3]}, open(out, 'w'))", "ok", {"slow": 2.0, "fast": 3.0}),
         ("json.dump({'c': [None]}, open(out, 'w'))", "ok", {}),
+        ("sys.exit(1)", "failed: exit code 1", {}),
+        ("json.dump({'a': {'b': 2}}, open(out, 'w')); sys.exit(1)", "failed: exit code 1", {}),
         ("sys.exit(3)", "failed: exit code 3", {}),
+        (
+            "json.dump({'a': {'b': 2}, 'missed': ['x 2 of 1', 'y 3 of 2']}, open(out, 'w')); sys.exit(3)",
+            "target missed: x 2 of 1; y 3 of 2",
+            {"slow": 2.0},
+        ),
         ("pass", "failed: it wrote no fake.json", {}),
     ],
 )
@@ -128,7 +177,7 @@ def test_scripts_are_run_and_their_figures_found(tmp_path, monkeypatch, script, 
     assert found == figures
 
 
-@pytest.mark.parametrize("code", [0, 3])
+@pytest.mark.parametrize("code", [0, 1])
 def test_a_finished_run_is_measured_anew_and_a_crashed_one_goes_on(tmp_path, monkeypatch, code):
     """A script that finds its run finished would give the figures of the last time."""
     (tmp_path / "out").mkdir()
