@@ -34,13 +34,19 @@ from llm_streamline.simulate.run import StageCost, simulate
 from llm_streamline.simulate.shape import shape_of
 from llm_streamline.simulate.task import Task
 from llm_streamline.sources import load_model, resolve_model
+from llm_streamline.training.heal import Healed
 from llm_streamline.training.student import Student
 from llm_streamline.training.trainer import train_student
 
 TINY = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
-
-
+STAGES = (  # with the objective, and what is trained
+    ("analyze", "mse", "replacement"),
+    ("train", "mse", "replacement"),
+    ("train", "kl", "replacement"),
+    ("train", "kl", "above"),
+    ("evaluate: perplexity", "mse", "replacement"),
+)
 WARM_UP = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 8}
 
 
@@ -66,11 +72,12 @@ def main() -> None:
     (arguments.out / "simulator.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def recipe_of(objective: str, tokens: int) -> Recipe:
+def recipe_of(objective: str, tokens: int, trainable: str = "replacement") -> Recipe:
     settings = {
         "text.seq_len": 512, "calibration.tokens": tokens, "training.tokens": tokens, "target.layers": 2,
-        "training.objective": objective, "training.num_evals": 0, "training.validation_tokens": 1024,
-        "training.early_stopping_patience": 0, "evaluation.tokens": tokens, "evaluation.limit": 1,
+        "training.objective": objective, "training.trainable": trainable, "training.num_evals": 0,
+        "training.validation_tokens": 1024, "training.early_stopping_patience": 0, "evaluation.tokens": tokens,
+        "evaluation.limit": 1,
     }  # fmt: skip
     return load_recipe(None, settings)
 
@@ -88,8 +95,8 @@ def compare(name: str, tokens: int) -> list[dict]:
     shape = shape_of(model.config, dtype)
     device = measure_device(model.config, dtype, 2048, 512, "cpu")
     rows = []
-    for stage, objective in (("analyze", "mse"), ("train", "mse"), ("train", "kl"), ("evaluate: perplexity", "mse")):
-        recipe = recipe_of(objective, tokens)
+    for stage, objective, trainable in STAGES:
+        recipe = recipe_of(objective, tokens, trainable)
         task = Task.of(shape, recipe)
         said = {cost.stage: cost for cost in simulate(task, device).stages}
         run = {"analyze": run_pass, "train": run_training}.get(stage, run_perplexity)
@@ -99,7 +106,8 @@ def compare(name: str, tokens: int) -> list[dict]:
         once()
         seconds = clock() - started
         peak = peak_memory().host_bytes - before
-        rows.append(row_of(name, stage, objective, tokens, expected(said, stage), seconds, peak, device))
+        wished = {"objective": objective, "trainable": trainable} if stage == "train" else {}
+        rows.append(row_of(name, stage, wished, tokens, expected(said, stage), seconds, peak, device))
     return rows
 
 
@@ -111,11 +119,11 @@ def expected(said: dict[str, StageCost], stage: str) -> tuple[float, float]:
     return seconds, said[stage].memory_bytes
 
 
-def row_of(name, stage, objective, tokens, said, seconds, peak, device: Device) -> dict:
+def row_of(name, stage, wished, tokens, said, seconds, peak, device: Device) -> dict:
     return {
         "model": name,
         "stage": stage,
-        "objective": objective if stage == "train" else None,
+        **wished,
         "tokens": tokens,
         "predicted_seconds": round(said[0], 3),
         "measured_seconds": round(seconds, 3),
@@ -146,7 +154,9 @@ def run_training(model: torch.nn.Module, task: Task) -> Callable[[], object]:
     def run() -> None:
         with tempfile.TemporaryDirectory() as own:
             folder = ranks.from_main(lambda: own)  # several processes train into one folder
-            student = Student(model, plan, build_replacements(model, plan), training)
+            networks = build_replacements(model, plan)
+            healed = Healed(model, plan, networks, training, 0) if training.heals else None
+            student = Student(model, plan, networks, training, healed)
             train_student(student, training, windows, held_out, Path(folder), 0)
             ranks.from_main(lambda: None)  # nobody writes there any more
 

@@ -1,8 +1,10 @@
+import dataclasses
 import json
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from llm_streamline.simulate.run import SCALING, scaling, simulate
 from llm_streamline.simulate.shape import find_config, shape_of
 from llm_streamline.simulate.task import Task, layers_flops
 from llm_streamline.simulate.work import step_passes, work_of
+from llm_streamline.training import reach
 
 DENSE = ["llama", "llama_tied_bias", "qwen2_tied", "gpt2", "gpt_neox", "bloom", "phi", "olmo2", "opt", "starcoder2"]
 H100 = find_device("h100-sxm")
@@ -114,16 +117,69 @@ def test_the_span_is_the_target_in_the_middle_or_the_one_given_by_hand():
         task(**{"selection.span": "3:70"})
 
 
-@pytest.mark.parametrize("objective", ["mse", "lm", "kl"])
-def test_a_training_step_costs_what_the_estimate_of_a_plan_says(objective):
+@pytest.mark.parametrize(
+    ("objective", "trainable"),
+    [
+        *((objective, "replacement") for objective in ("mse", "lm", "kl", "hidden")),
+        *(("kl", trainable) for trainable in ("above", "full", "lora")),
+        *(("lm", trainable) for trainable in ("above", "head", "norms")),
+    ],
+)
+def test_a_training_step_costs_what_the_estimate_of_a_plan_says(objective, trainable):
     model = tiny_model(num_hidden_layers=8)
     settings = {"text.seq_len": 2, "selection.span": "2:6", "training.objective": objective, "training.tokens": 10**6}
-    found = Task.of(shape_of(model.config, "float32"), recipe(**settings, **{"training.num_evals": 0}))
+    settings |= {"training.num_evals": 0, "training.trainable": trainable}
+    found = Task.of(shape_of(model.config, "float32"), recipe(**settings))
     teacher, student = step_passes(found)
     plan, budget = replacing(model, 2, 6), found.recipe.training.model_copy(update={"validation_tokens": 1})
     said = preview_plan(model, model_size(model), plan, budget, 2, 1e-6).train_flops
     # the estimate counts layers, this one products and attention: at two tokens a window they are nearly the same
     assert (teacher.flops + student.flops) * 10**6 == pytest.approx(said, rel=0.05)
+
+
+def with_memory(num_bytes):
+    return dataclasses.replace(H100, memory=num_bytes)
+
+
+@pytest.mark.parametrize("share", [0.999, 1.001])
+def test_auto_is_decided_as_on_the_machine_itself(monkeypatch, share):
+    model = tiny_model()
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    memory = share * 2 * (4 * sum(p.numel() for p in model.parameters()) + 16 * layers)
+    monkeypatch.setattr(reach, "total_bytes", lambda device: memory)
+    loaded, wished = SimpleNamespace(model=model, device=torch.device("cpu")), recipe()
+    real = reach.settle_reach(wished, loaded, has_network=True).training.trainable
+    assert real == ("above" if share > 1 else "replacement")
+    found = Task.of(shape_of(model.config, "float32"), wished)
+    as_named = dataclasses.replace(found, recipe=reach.with_reach(wished, real))
+    assert simulate(found, with_memory(memory)).stages == simulate(as_named, with_memory(memory)).stages
+
+
+def test_every_layer_above_costs_time_memory_and_talk():
+    found = task(num_layers=16, **{"training.tokens": 10**6})
+    small, large = (simulate(found, with_memory(size), 8) for size in (80e9, 800e9))
+    shape, above = found.shape, 16 - found.stop
+    alone, more = (dict(vars(stage(run, "train"))) for run in (small, large))
+    # one backward through weights becomes two: one more forward of the layers above, in every token
+    one_layer = layers_flops(shape.layers[:1], 512)
+    assert more["flops"] - alone["flops"] == pytest.approx(above * one_layer * 10**6)
+    assert more["seconds"] > alone["seconds"]
+    assert more["bytes_exchanged"] == pytest.approx((1 + above) * alone["bytes_exchanged"])
+    copies = 4 * 5 + 2  # float32: weights, best state, gradients, two moments; and autocast's half-precision ones
+    assert more["memory_bytes"] - alone["memory_bytes"] == pytest.approx(copies * above * shape.layers[0].parameters)
+    for other in ("analyze", "verify candidates", "start of the network", "save and prove", "evaluate: tasks"):
+        assert stage(small, other) == stage(large, other)
+
+
+def test_a_sharded_teacher_and_mse_leave_the_layers_above_alone():
+    found = task(num_layers=4, **{"training.tokens": 10**6, "target.layers": 1})
+    assert found.settled(H100.memory, sharded=False).recipe.training.trainable == "above"
+    assert found.settled(H100.memory, sharded=True).recipe.training.trainable == "replacement"
+    mse = task(num_layers=4, **{"training.objective": "mse", "target.layers": 1})
+    assert mse.settled(H100.memory, sharded=False).recipe.training.trainable == "replacement"
+    named = task(num_layers=4, **{"training.trainable": "full", "target.layers": 1})
+    assert named.settled(1, sharded=True).recipe.training.trainable == "full"
+    assert named.parameters_trained == named.parameters_after
 
 
 @pytest.mark.parametrize("kind", ["none", "layer", "ffn", "swiglu", "linear"])
@@ -240,6 +296,7 @@ def test_the_command_answers_from_a_config_alone(tmp_path):
     assert answer["model"]["parameters"] == shape_of(tiny_config("llama")).parameters
     assert [row["devices"] for row in answer["scaling"]] == list(SCALING)
     assert answer["scaling"][0]["speed_up"] == 1
+    assert answer["trainable"] == "above"  # the default, and it fits
     assert len(answer["assumptions"]) > 4
 
 

@@ -36,6 +36,7 @@ def simulate(
     seq_len: o.SeqLenOption = None,
     replacement: o.ReplacementOption = None,
     objective: o.ObjectiveOption = None,
+    trainable: o.TrainableOption = None,
     recipe: o.RecipeOption = None,
     dtype: o.DtypeOption = None,
     as_json: o.JsonOption = False,

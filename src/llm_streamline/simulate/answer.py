@@ -11,6 +11,7 @@ from llm_streamline.simulate.devices import (
     FLOPS_SHARE,
     LINK_SHARE,
     MEMORY_SHARE,
+    Device,
     find_device,
     measure_device,
 )
@@ -63,6 +64,7 @@ def simulate_run(
     else:
         device = find_device(rates)
     run = simulate(task, device, devices, sharded=shard)
+    task = task.settled(device.memory, shard and devices > 1)
     answer = {
         "model": {
             "name": model,
@@ -75,9 +77,10 @@ def simulate_run(
         },
         "span": [task.start, task.stop],
         "parameters_after": task.parameters_after,
+        "trainable": task.recipe.training.trainable if task.is_trained else None,
         "parameters_trained": task.parameters_trained,
         "rates": asdict(device),
-        "assumptions": assumptions(device.is_measured),
+        "assumptions": assumptions(device),
         **summary(run),
         "stages": [asdict(stage) for stage in run.stages],
     }
@@ -107,11 +110,11 @@ def stage_seconds(run: Simulation, name: str) -> float:
     return sum(stage.seconds for stage in run.stages if stage.stage == name)
 
 
-def assumptions(measured: bool) -> list[str]:
+def assumptions(device: Device) -> list[str]:
     """What the numbers rest on, one sentence each."""
     rates = (
         ["Rates are those of this machine, measured on layers of this config with random weights."]
-        if measured
+        if device.is_measured
         else [
             f"Matrix products reach {FLOPS_SHARE:.0%} of the stated peak, what lies between them {MEMORY_SHARE:.0%} of "
             f"the stated bandwidth, links {LINK_SHARE:.0%} of one direction; these shares are assumed.",
@@ -125,6 +128,8 @@ def assumptions(measured: bool) -> list[str]:
         "Gradients are exchanged after the backward, not during it: an upper bound.",
         "Saving, proving, generation and the speed measurement run on one device while the others wait.",
         "Without --span the span lies in the middle of the model.",
+        "trainable auto is decided as on the machine itself: every layer above the replacement trains too where the "
+        f"weights and what is trained fit into half of a device's {device.memory / 1e9:.0f} GB.",
         "Reading and tokenising text is not counted.",
     ]
 
@@ -139,6 +144,7 @@ def print_simulation(answer: dict[str, Any]) -> None:
         f"{model['name']}: {model['num_layers']} layers, {model['parameters'] / 1e9:.2f} B parameters; layers "
         f"[{answer['span'][0]}, {answer['span'][1]}) leave, {answer['parameters_after'] / 1e9:.2f} B remain, "
         f"{answer['parameters_trained'] / 1e6:.1f} M are trained"
+        + (f" (trainable: {answer['trainable']})" if answer["trainable"] else "")
     )
     if model["note"]:
         print(f"note: compress refuses this model: {model['note']}")

@@ -64,6 +64,7 @@ def simulate(task: Task, device: Device, num_devices: int = 1, *, sharded: bool 
         num_devices: processes, one device each.
         sharded: the original's weights are split over the devices (FSDP) and gathered layer by layer.
     """
+    task = task.settled(device.memory, sharded and num_devices > 1)
     costs = tuple(_cost(work, device, num_devices, sharded, task) for work in work_of(task))
     return Simulation(device, num_devices, sharded, costs)
 

@@ -53,6 +53,11 @@ class ModelShape:
         return len(self.layers)
 
     @property
+    def parameters_in_layers(self) -> int:
+        """Without embedding, head and final norm."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
     def weight_bytes(self) -> int:
         """All weights, in the model's dtype."""
         return self.parameters * self.element_bytes

@@ -11,6 +11,7 @@ from llm_streamline.errors import PlanError
 from llm_streamline.plan import Network
 from llm_streamline.simulate.shape import LayerShape, ModelShape
 from llm_streamline.sizing import decide_size
+from llm_streamline.training.reach import auto_reach, with_reach
 
 FLOAT32 = 4
 
@@ -41,13 +42,28 @@ class Task:
         start = (shape.num_layers - removed + 1) // 2
         return cls(shape, recipe, start, start + removed)
 
+    def settled(self, memory_bytes: float, sharded: bool) -> "Task":
+        """With `training.trainable` decided as a run would, where it says auto.
+
+        Args:
+            memory_bytes: of one device.
+            sharded: the original's weights are split over several devices.
+        """
+        if self.recipe.training.trainable != "auto":
+            return self
+        shape, has_network = self.shape, self.network is not None
+        reach = auto_reach(
+            self.recipe, has_network, shape.weight_bytes, shape.parameters_in_layers, memory_bytes, sharded
+        )
+        return replace(self, recipe=with_reach(self.recipe, reach))
+
     @property
     def network(self) -> Network | None:
         """What is put back."""
         return self.recipe.replacement.network()
 
     @property
-    def trained(self) -> tuple[LayerShape, ...]:
+    def put_back(self) -> tuple[LayerShape, ...]:
         """The shape of what is put back, as layers."""
         if self.network is None:
             return ()
@@ -64,16 +80,60 @@ class Task:
         return (replace(plain, parameters=matrices, multiplied=matrices, inputs=d + widths, outputs=d + widths),)
 
     @property
-    def parameters_trained(self) -> int:
+    def parameters_put_back(self) -> int:
         """Parameters of what is put back."""
-        return sum(layer.parameters for layer in self.trained)
+        return sum(layer.parameters for layer in self.put_back)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything is."""
+        training = self.recipe.training
+        return bool(training.tokens) and (self.network is not None or training.heals)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head is among what is trained."""
+        return self.recipe.training.trainable in ("head", "full")
+
+    @property
+    def parameters_trained(self) -> int:
+        """Parameters that get a gradient; adapters and norms, which are few, are not counted."""
+        trained = sum(layer.parameters for layer in self.student()[0])
+        if self.recipe.training.trainable == "full":
+            return trained + self.shape.parameters - self.shape.parameters_in_layers
+        return trained + (self.shape.head_parameters if self.trains_head else 0)
+
+    @property
+    def resume_at(self) -> int:
+        """Boundary below which edited and original model are the same, in training too: nothing there runs twice."""
+        rung, num_layers = self.recipe.training.trainable, self.shape.num_layers - self.stop + self.start
+        if rung == "head":
+            return min(self.start, max(0, num_layers + len(self.put_back) - self.recipe.training.heal.last_layers))
+        return 0 if rung in ("lora", "norms", "full") else self.start
+
+    def student(self, whole: bool = True) -> tuple[tuple[LayerShape, ...], tuple[LayerShape, ...]]:
+        """Layers of the edited model that training runs, from `resume_at` on: those that it changes, and the others.
+
+        Args:
+            whole: up to the head; otherwise no further than what was put back.
+        """
+        rung, layers = self.recipe.training.trainable, self.shape.layers
+        edited = [(layer, rung == "full") for layer in layers[: self.start]]
+        edited += [(layer, True) for layer in self.put_back]
+        end = None if whole else len(edited)
+        edited += [(layer, rung in ("above", "full")) for layer in layers[self.stop :]]
+        if rung == "head":
+            last = max(0, len(edited) - self.recipe.training.heal.last_layers)
+            edited[last:] = [(layer, True) for layer, _ in edited[last:]]
+        run = edited[self.resume_at : end]
+        return tuple(layer for layer, trains in run if trains), tuple(layer for layer, trains in run if not trains)
 
     @property
     def parameters_after(self) -> int:
         """Parameters of the result; what corrects a layer is folded away, but for a patch."""
         gone = sum(layer.parameters for layer in self.shape.layers[self.start : self.stop])
         folded = self.network is None or (self.network.follows_a_layer and self.network.kind != "patch")
-        back = 0 if folded else self.parameters_trained
+        back = 0 if folded else self.parameters_put_back
         return self.shape.parameters - gone + back
 
 

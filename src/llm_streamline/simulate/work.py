@@ -46,7 +46,9 @@ def work_of(task: Task) -> tuple[Work, ...]:
     """The stages of `compress`, in order."""
     stages = [_load(task), _analyze(task), _verify(task)]
     if task.network is not None:
-        stages += [_begin(task), *_train(task)]
+        stages.append(_begin(task))
+    if task.is_trained:
+        stages += _train(task)
     return tuple(stage for stage in (*stages, _surgery(task), *_evaluate(task)) if stage is not None)
 
 
@@ -85,11 +87,11 @@ def _verify(task: Task) -> Work | None:
     if selection.span or not selection.verify:
         return None
     shape = task.shape
-    above = forward(task, (*task.trained, *shape.layers[task.stop :]), seq_len) + head(task)
+    above = forward(task, (*task.put_back, *shape.layers[task.stop :]), seq_len) + head(task)
     one = forward(task, shape.layers, seq_len) + head(task) + above.times(selection.verify)
     batch = max(seq_len, task.recipe.calibration.batch_tokens)
     logits = batch * shape.vocab_size * shape.element_bytes
-    held = shape.weight_bytes + selection.verify * task.parameters_trained * (shape.element_bytes + FLOAT32)
+    held = shape.weight_bytes + selection.verify * task.parameters_put_back * (shape.element_bytes + FLOAT32)
     return _of(
         "verify candidates", one, selection.verify_tokens, batch,
         gathered_bytes=8.0 * selection.verify_tokens / seq_len * (selection.verify + 1),
@@ -102,18 +104,18 @@ def _begin(task: Task) -> Work:
     """Trials of starts, and the closed form: one stage, because both read the same layers below."""
     shape, recipe, seq_len = task.shape, task.recipe, task.recipe.text.seq_len
     init, batch = recipe.replacement.init, max(seq_len, recipe.calibration.batch_tokens)
-    edited = forward(task, (*shape.layers[: task.start], *task.trained, *shape.layers[task.stop :]), seq_len)
+    edited = forward(task, (*shape.layers[: task.start], *task.put_back, *shape.layers[task.stop :]), seq_len)
     trials = STARTS_TRIED * min(TRIAL_TOKENS, recipe.training.validation_tokens) if init == "best" else 0
     fitted = recipe.replacement.fit_tokens if init in ("best", "closed_form") else 0
-    inner = task.trained[-1].inner if task.network.kind != "linear" else shape.hidden_size
+    inner = task.put_back[-1].inner if task.network.kind != "linear" else shape.hidden_size
     moments = Pass(2.0 * inner * (inner + shape.hidden_size), FLOAT32 * 4.0 * inner, 0.0)
-    fit = forward(task, shape.layers[: task.stop], seq_len) + forward(task, task.trained, seq_len) + moments
+    fit = forward(task, shape.layers[: task.stop], seq_len) + forward(task, task.put_back, seq_len) + moments
     solve = inner**3 / 3 + 2.0 * inner**2 * shape.hidden_size if fitted else 0.0
     one = edited + head(task)
     flops = one.flops * trials + fit.flops * fitted + solve
     moved = one.activation_bytes * trials + fit.activation_bytes * fitted
     system = 8.0 * inner * (3 * inner + 3 * shape.hidden_size) if fitted else 0.0
-    held = shape.weight_bytes + task.parameters_trained * FLOAT32 * (STARTS_TRIED if init == "best" else 1)
+    held = shape.weight_bytes + task.parameters_put_back * FLOAT32 * (STARTS_TRIED if init == "best" else 1)
     return Work(
         "start of the network", flops, moved, one.weight_bytes, round(one.calls),
         max(1, math.ceil((trials + fitted) / batch)),
@@ -124,24 +126,37 @@ def _begin(task: Task) -> Work:
 
 
 def step_passes(task: Task) -> tuple[Pass, Pass]:
-    """One token of training: the teacher's forward, and the forward and backward of the student from the span on."""
+    """One token of training: the teacher's forward, and the forward and backward of the student."""
     shape, objective, seq_len = task.shape, task.recipe.training.objective, task.recipe.text.seq_len
+    needs_logits, runs_on = _looks_at(task)
     if "kl" in objective:
         teacher = forward(task, shape.layers, seq_len) + head(task)
     else:
-        teacher = forward(task, shape.layers[: task.stop if "mse" in objective else task.start], seq_len)
-    trained = forward(task, task.trained, seq_len, FLOAT32)
-    student = trained + trained.times(2)
-    if {"lm", "kl"} & objective.keys():
-        above = forward(task, shape.layers[task.stop :], seq_len) + head(task)
-        student = student + above.times(2)
+        stop = shape.num_layers if "hidden" in objective else task.stop if "mse" in objective else task.resume_at
+        teacher = forward(task, shape.layers[:stop], seq_len)
+    trained, passed = _student(task, runs_on)
+    student = trained.times(3) + passed.times(2)
+    if needs_logits:
+        student = student + head(task).times(3 if task.trains_head else 2)
     return teacher, student
+
+
+def _looks_at(task: Task) -> tuple[bool, bool]:
+    """Whether the objective looks at predictions, and whether at states above what is put back."""
+    objective = task.recipe.training.objective
+    needs_logits = bool({"lm", "kl"} & objective.keys())
+    return needs_logits, needs_logits or "hidden" in objective
+
+
+def _student(task: Task, whole: bool) -> tuple[Pass, Pass]:
+    """A forward of one token through the student's layers that train, which are float32, and through the others."""
+    trained, passed = task.student(whole)
+    seq_len = task.recipe.text.seq_len
+    return forward(task, trained, seq_len, FLOAT32), forward(task, passed, seq_len)
 
 
 def _train(task: Task) -> tuple[Work, ...]:
     shape, training, seq_len = task.shape, task.recipe.training, task.recipe.text.seq_len
-    if not training.tokens:
-        return ()
     teacher, student = step_passes(task)
     one = teacher + student
     batch_windows = training.per_device_train_batch_size
@@ -156,8 +171,8 @@ def _train(task: Task) -> tuple[Work, ...]:
         step_windows=step_windows, batch_windows=batch_windows,
         reduced_bytes=float(FLOAT32 * task.parameters_trained), **held,
     )  # fmt: skip
-    edited = forward(task, (*task.trained, *shape.layers[task.stop :]), seq_len, FLOAT32) + head(task)
-    return trained, _of("validate", teacher + edited, validation_tokens(task), batch, **held)
+    changed, passed = _student(task, whole=True)
+    return trained, _of("validate", teacher + changed + passed + head(task), validation_tokens(task), batch, **held)
 
 
 def validation_tokens(task: Task) -> int:
@@ -166,13 +181,13 @@ def validation_tokens(task: Task) -> int:
 
 
 def training_memory(task: Task, batch_tokens: int) -> float:
-    """Bytes beside the original's weights: the network, its gradients and moments, kept activations, logits.
+    """Bytes beside the original's weights: what is trained, its gradients and moments, kept activations, logits.
 
     A backward keeps, of every layer that it goes through, the inputs of its matrices and of the products between them.
     """
     shape, training = task.shape, task.recipe.training
-    needs_logits = bool({"lm", "kl"} & training.objective.keys())
-    through = (*task.trained, *(shape.layers[task.stop :] if needs_logits else ()))
+    needs_logits, runs_on = _looks_at(task)
+    through = [layer for layers in task.student(runs_on) for layer in layers]
     kept = sum(shape.element_bytes * (layer.inputs + layer.outputs) for layer in through)
     kept += len(through) * 2 * FLOAT32 * shape.hidden_size  # float32 states inside the norms
     copies = task.parameters_trained * FLOAT32 * (2 + ADAM_COPIES)  # weights, best state, gradients, moments
@@ -198,7 +213,7 @@ def _evaluate(task: Task) -> tuple[Work, ...]:
     shape, config, seq_len = task.shape, task.recipe.evaluation, task.recipe.text.seq_len
     edited_layers = (
         *shape.layers[: task.start],
-        *(task.trained if task.network and task.network.kind != "linear" else ()),
+        *(task.put_back if task.network and task.network.kind != "linear" else ()),
         *shape.layers[task.stop :],
     )
     context = min(config.context or 1024, shape.max_positions or 1024)
