@@ -139,7 +139,7 @@ def test_a_full_disk_at_every_write(place, truth, tmp_path):
     assert total > 100
     log = tmp_path / "log"
     for room in range(total):
-        out = tmp_path / f"out-{room}"
+        out = tmp_path / str(room) / "out"  # a run is called as its folder
         assert run_on(place, out, room, log) == 2, (room, log.read_text())
         assert len(sentence(log)) == 1
         assert "the disk is full" in sentence(log)[0], (room, sentence(log))

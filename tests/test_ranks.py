@@ -161,7 +161,8 @@ def test_four_ranks_give_what_one_gives(alone, place):
 @pytest.mark.slow
 def test_a_refused_input_is_told_once_and_leaves_nothing(place):
     out = place / "refused"
-    words = ("compress", place / "model", "-o", out, "--text", place / "missing.txt", "--device", "cpu")
+    options = ("--text", place / "missing.txt", "--seq-len", 32, "--device", "cpu")
+    words = ("compress", place / "model", "-o", out, *options)
     process = launch(2, place, out, *words)
     assert process.returncode != 0
     assert process.stderr.count("TextError") == 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from llm_streamline import ranks
 from llm_streamline.config import load_recipe
 from llm_streamline.training import reach
 
@@ -43,6 +44,19 @@ def test_the_memory_it_takes_is_that_of_weights_copies_gradients_and_moments(mon
 )
 def test_the_replacement_alone_where_more_cannot_be(monkeypatch, wishes):
     assert settled(monkeypatch, **wishes) == "replacement"
+
+
+def test_an_original_that_is_shared_out_stays_as_it_is(monkeypatch):
+    """Every rank knows that it will be; rank 0 must not forget it while it decides for all."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "_sharding", True)
+
+    def from_main(make):  # what other ranks would be told
+        with ranks._alone():
+            return make()
+
+    monkeypatch.setattr(ranks, "from_main", from_main)
+    assert settled(monkeypatch) == "replacement"
 
 
 def test_without_a_network_nothing_is_trained(monkeypatch):

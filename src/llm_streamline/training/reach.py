@@ -30,7 +30,10 @@ def settle_reach(recipe: Recipe, loaded: "LoadedModel", has_network: bool) -> Re
     """
     if recipe.training.trainable != "auto":
         return recipe
-    decided = with_reach(recipe, ranks.from_main(lambda: _reach_here(recipe, loaded, has_network)))
+    from llm_streamline.offload import is_streamed
+
+    is_split = ranks.wants_sharding() or is_streamed(loaded.model)  # asked here: alone, rank 0 shares nothing out
+    decided = with_reach(recipe, ranks.from_main(lambda: _reach_here(recipe, loaded, has_network, is_split)))
     if decided.training.tokens and decided.training.heals:
         log.info("every layer above the replacement is trained too; --trainable replacement leaves them as they are")
     return decided
@@ -65,11 +68,9 @@ def auto_reach(
     return "above" if fits else "replacement"
 
 
-def _reach_here(recipe: Recipe, loaded: "LoadedModel", has_network: bool) -> str:
+def _reach_here(recipe: Recipe, loaded: "LoadedModel", has_network: bool, is_split: bool) -> str:
     from llm_streamline.arch import get_layers
-    from llm_streamline.offload import is_streamed
 
     weight_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     in_layers = sum(p.numel() for layer in get_layers(loaded.model) for p in layer.parameters())
-    is_split = ranks.wants_sharding() or is_streamed(loaded.model)
     return auto_reach(recipe, has_network, weight_bytes, in_layers, total_bytes(loaded.device), is_split)
