@@ -51,6 +51,10 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(place):
+    return run_alone(place, place / "alone")
+
+
+def run_alone(place, out, **overrides):
     """The run of one process."""
 
     def answer_here(command, **_):
@@ -60,8 +64,8 @@ def alone(place):
     patch = pytest.MonkeyPatch()
     patch.setattr(proof.subprocess, "run", answer_here)
     try:
-        recipe = load_recipe(place / "recipe.yaml", {"text.sources": [str(place / "text.jsonl")]})
-        return compress(str(place / "model"), place / "alone", recipe).out
+        recipe = load_recipe(place / "recipe.yaml", {"text.sources": [str(place / "text.jsonl")], **overrides})
+        return compress(str(place / "model"), out, recipe).out
     finally:
         patch.undo()
 
@@ -180,7 +184,9 @@ def test_accelerate_starts_the_same_run(alone, place):
 
 
 @pytest.mark.slow
-def test_a_teacher_that_is_split_teaches_the_same(alone, place):
+def test_a_teacher_that_is_split_teaches_the_same(place):
+    """The layers above the network then stay as they are, as `auto` says."""
+    alone = run_alone(place, place / "alone-narrow", **{"training.trainable": "replacement"})
     out = place / "split"
     process = launch(
         2, place, out, ACCELERATE_USE_FSDP="true"
