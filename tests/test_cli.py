@@ -7,6 +7,7 @@ import sys
 import pytest
 from folders import edit_json, tiny_folder
 from plans import facts
+from scarcity import no_memory
 
 from llm_streamline import cli
 from llm_streamline.cli import main
@@ -300,6 +301,17 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, capfd):
     monkeypatch.setattr("llm_streamline.methods.registry.method_names", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(monkeypatch, capfd, "methods")
+
+
+@pytest.mark.parametrize("problem", [no_memory(), MemoryError()])
+def test_memory_that_ends_anywhere_is_one_sentence(monkeypatch, capfd, problem):
+    def fail():
+        raise problem
+
+    monkeypatch.setattr("llm_streamline.methods.registry.method_names", fail)
+    message = refused(monkeypatch, capfd, "methods")
+    assert message.startswith("OutOfMemoryError: out of memory (")
+    assert "--max-memory auto" in message
 
 
 def test_quiet_and_verbose_stand_anywhere(monkeypatch, capfd):

@@ -36,7 +36,7 @@ class BatchTooLarge(Exception):
 
 
 @contextmanager
-def no_room_for(num_windows: int) -> Iterator[None]:
+def no_room_for(count: int, unit: str = "windows") -> Iterator[None]:
     """Turn an allocator's complaint into `BatchTooLarge`, without what the failed computation still holds."""
     try:
         yield
@@ -45,7 +45,33 @@ def no_room_for(num_windows: int) -> Iterator[None]:
         if not is_out_of_memory(problem):
             raise
         complaint = str(problem).splitlines()[0]
-    raise BatchTooLarge(f"{num_windows} windows at once: {complaint}")  # outside: the tensors are let go of
+    raise BatchTooLarge(f"{count} {unit} at once: {complaint}")  # outside: the tensors are let go of
+
+
+def out_of_memory(title: str, problem: str, way_out: str, can_stream: bool = True) -> OutOfMemoryError:
+    """The error for what cannot be made smaller.
+
+    Args:
+        title: what was done, as in "out of memory in <title>".
+        problem: what the allocator said.
+        way_out: what would do, as in "shorten text.seq_len".
+        can_stream: whether the same can be done with layers on disk.
+    """
+    ways = [way_out, *(["keep layers on disk with --max-memory auto"] if can_stream else [])]
+    return OutOfMemoryError(
+        f"out of memory in {title} ({problem}); {', '.join(ways)}, or use a machine with more memory"
+    )
+
+
+@contextmanager
+def told_in_a_sentence(title: str, way_out: str, can_stream: bool = True) -> Iterator[None]:
+    """Turn an allocator's complaint into an `OutOfMemoryError`, where nothing can be halved."""
+    try:
+        with no_room_for(1, "piece of work"):
+            yield
+    except BatchTooLarge as problem:
+        said = str(problem).partition(": ")[2]
+        raise out_of_memory(title, said, way_out, can_stream) from None
 
 
 class Portions:
@@ -54,14 +80,16 @@ class Portions:
     The work must leave nothing behind where it fails: its windows are run again.
     """
 
-    def __init__(self, title: str, way_out: str):
+    def __init__(self, title: str, way_out: str, *, unit: str = "windows", can_stream: bool = True):
         """Begin with whole batches.
 
         Args:
             title: what is done, as in "out of memory in <title>".
             way_out: what would do when not even one window fits, as in "shorten text.seq_len".
+            unit: what a batch is made of.
+            can_stream: whether the work can be done with layers on disk.
         """
-        self._title, self._way_out = title, way_out
+        self._title, self._way_out, self._unit, self._can_stream = title, way_out, unit, can_stream
         self._divisor = 1  # a batch of n windows is run n // divisor at a time
 
     def run(self, batch: Sequence, work: Callable[[Sequence], T]) -> list[T]:
@@ -82,7 +110,7 @@ class Portions:
         while done < len(batch):
             portion = batch[done : done + max(1, len(batch) // self._divisor)]
             try:
-                with no_room_for(len(portion)):
+                with no_room_for(len(portion), self._unit):
                     found.append(work(portion))
                 done += len(portion)
                 continue
@@ -93,15 +121,13 @@ class Portions:
 
     def _halve(self, failed: int, whole: int, problem: str) -> None:
         if failed == 1:
-            raise OutOfMemoryError(
-                f"out of memory in {self._title} ({problem}); {self._way_out}, keep layers on disk with --max-memory "
-                "auto, or use a machine with more memory"
-            ) from None
+            raise out_of_memory(self._title, problem, self._way_out, self._can_stream) from None
         while max(1, whole // self._divisor) >= failed:
             self._divisor *= 2
         log.warning(
-            "out of memory in %s with %d windows at once; going on with %d",
+            "out of memory in %s with %d %s at once; going on with %d",
             self._title,
             failed,
+            self._unit,
             max(1, whole // self._divisor),
         )

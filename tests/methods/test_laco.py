@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from plans import facts_of, tiny_windows
+from scarcity import room_for
 from tiny import tiny_model
 from torch import nn
 
 from llm_streamline.arch import get_layers
-from llm_streamline.errors import ArchitectureError, ConfigError, PlanError
+from llm_streamline.errors import ArchitectureError, ConfigError, OutOfMemoryError, PlanError
 from llm_streamline.measure.probe import Probe
 from llm_streamline.merging import norm_parameters
 from llm_streamline.methods import laco as module
@@ -202,6 +203,24 @@ def test_no_model_is_copied(monkeypatch):
     assert set(copied) == {one_layer}
     assert len(trial._merged) <= 3
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("similarity", ["flattened", "tokens"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_fewer_sentences_at_once_are_as_similar(similarity, after, caplog):
+    model, config = gentle_model(), LacoConfig(num_removed=2, combine=2, similarity=similarity)
+    groups = [*(Group(i, i + 1) for i in range(3)), Group(3, 5, (1.0, 1.0), (1.0, 0.0)), Group(5, 6), Group(6, 7)]
+    groups.append(Group(7, 8))
+    truth = Trial(probe_of(model), config)
+    expected = truth.similarity(groups)
+    with room_for(model, 3, layer=7, after=after):  # in the original's own pass, or in that of a candidate
+        trial = Trial(probe_of(model), config)
+        assert trial.similarity(groups) == pytest.approx(expected, rel=1e-6)
+    assert trial._probe.cost == truth._probe.cost
+    assert caplog.text.count("comparing merges with 4 sentences at once; going on with 2") == 1
+    way_out = r"1 sentences .*sentence_tokens, or use a machine"
+    with room_for(model, 0), pytest.raises(OutOfMemoryError, match=way_out):
+        Trial(probe_of(model), config)
 
 
 def test_a_mixture_of_experts_is_refused_before_anything_is_measured():

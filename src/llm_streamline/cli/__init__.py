@@ -83,7 +83,26 @@ def main() -> None:
         if ranks.is_main() and not ranks.somebody_failed():  # else the launcher ends us, because another rank failed
             print(f"stopped by {stopped.name}; to go on: llm-streamline {again}", file=sys.stderr)
         sys.exit(stopped.exit_code)
-    except Exception:
+    except Exception as problem:
         if not ranks.first_to_fail():  # another rank failed, and told why; this one only misses it
             sys.exit(1)
-        raise
+        if (sentence := _out_of_memory(problem)) is None:
+            raise
+        print(f"OutOfMemoryError: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(StreamlineError.exit_code)
+
+
+def _out_of_memory(problem: Exception) -> str | None:
+    """What to say when memory ended where no batch could be made smaller; None when it was something else."""
+    if not isinstance(problem, MemoryError):
+        if "torch" not in sys.modules:
+            return None
+        from llm_streamline.memory_limits import is_out_of_memory
+
+        if not is_out_of_memory(problem):
+            return None
+    said = (str(problem).splitlines() or ["no more to be had"])[0]
+    return (
+        f"out of memory ({said}); keep layers on disk with --max-memory auto, shorten text.seq_len, or use a machine "
+        "with more memory"
+    )

@@ -8,7 +8,10 @@ import inspect
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from torch import nn
 from llm_streamline.errors import ConfigError, NumericsError
 from llm_streamline.evaluation.result import Continuation, GenerationResult, Verdict
 from llm_streamline.logs import progress_bar
+from llm_streamline.memory_limits import BatchTooLarge, Portions, no_room_for
 from llm_streamline.quiet import quiet_transformers
 
 PROMPTS = (
@@ -104,6 +108,7 @@ def generate_texts(
     Raises:
         ConfigError: a prompt is empty, or leaves no room to write.
         NumericsError: the model's probabilities are not finite.
+        OutOfMemoryError: not even one prompt fits.
     """
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     longest = max((len(ids) for ids in encoded), default=0)
@@ -112,19 +117,23 @@ def generate_texts(
     if max_positions is not None:
         max_new_tokens = min(max_new_tokens, max_positions - longest)
     batches = _batches(model, encoded)
+    portions = Portions("generation", "lower evaluation.max_new_tokens", unit="prompts")
     texts: dict[tuple[int, int], Continuation] = {}
     ends = _end_tokens(model, tokenizer)
     with progress_bar("generation", len(batches) * (samples + 1)) as bar, torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
         for turn in range(samples + 1):
+            write = partial(
+                _generate,
+                model,
+                ends=ends,
+                max_new_tokens=max_new_tokens,
+                sampled=turn > 0,
+                temperature=temperature,
+                top_p=top_p,
+            )
             for batch in batches:
-                prompts_ids = [encoded[i] for i in batch]
-                try:
-                    written = _generate(model, prompts_ids, ends, max_new_tokens, turn > 0, temperature, top_p)
-                except RuntimeError as error:
-                    if "probability tensor" not in str(error):
-                        raise
-                    raise NumericsError("generation: the model's probabilities are not finite.") from error
+                written = chain.from_iterable(portions.run([encoded[i] for i in batch], write))
                 for i, row in zip(batch, written, strict=True):
                     texts[i, turn] = _continuation(prompts[i], "sampled" if turn else "greedy", row, ends, tokenizer)
                 bar.advance()
@@ -143,8 +152,12 @@ def _batches(model: nn.Module, encoded: Sequence[list[int]]) -> list[list[int]]:
     batches = [[i for i in by_length if len(encoded[i]) == n] for n in sorted({len(ids) for ids in encoded})]
     if len(batches) == 1:
         return batches
-    bare = model(**_padded(model, [short])).logits[0, -1].float()
-    padded = model(**_padded(model, [short, long])).logits[0, -1].float()
+    try:
+        with no_room_for(2, "prompts"):
+            bare = model(**_padded(model, [short])).logits[0, -1].float()
+            padded = model(**_padded(model, [short, long])).logits[0, -1].float()
+    except BatchTooLarge:
+        return batches
     return [by_length] if (padded - bare).norm() <= _PADDING_ERROR * bare.norm() else batches
 
 
@@ -166,9 +179,38 @@ def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
     return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
 
 
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Let what is tried again draw what the failed attempt drew."""
+    on_gpu = torch.cuda.is_available()
+    host, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else []
+    try:
+        yield
+    except RuntimeError:
+        torch.set_rng_state(host)
+        if on_gpu:
+            torch.cuda.set_rng_state_all(devices)
+        raise
+
+
+def _generate(model, prompts_ids, **settings) -> list[list[int]]:
+    """Continue prompts.
+
+    Raises:
+        NumericsError: the model's probabilities are not finite.
+    """
+    try:
+        with _same_draws():
+            return _continue(model, prompts_ids, **settings)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NumericsError("generation: the model's probabilities are not finite.") from error
+
+
 @torch.inference_mode()
-def _generate(model, prompts_ids, ends, max_new_tokens, sampled, temperature, top_p) -> list[list[int]]:
-    """Continue prompts; everything that transformers would take from the model's own generation config is set."""
+def _continue(model, prompts_ids, ends, max_new_tokens, sampled, temperature, top_p) -> list[list[int]]:
+    """Generate; everything that transformers would take from the model's own generation config is set."""
     inputs = _padded(model, prompts_ids)
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sampled else {"do_sample": False}
     output = model.generate(

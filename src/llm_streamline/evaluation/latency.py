@@ -12,6 +12,7 @@ from torch import nn
 from llm_streamline.arch import get_layers
 from llm_streamline.errors import ArchitectureError, PlanError
 from llm_streamline.evaluation.speed import SpeedSetup, time_in_turns
+from llm_streamline.memory_limits import told_in_a_sentence
 from llm_streamline.sizing import Cost, Decided
 from llm_streamline.surgery import shared_view
 
@@ -49,8 +50,13 @@ def latency_cost(model: nn.Module) -> Cost:
 
 
 def latency_ratio(model: nn.Module, num_layers: int, setup: SpeedSetup = SETUP) -> LatencyRatio:
-    """Time the model's first `num_layers` layers in turns with all of them."""
-    whole, part = time_in_turns([model, shared_view(model, range(num_layers))], setup)
+    """Time the model's first `num_layers` layers in turns with all of them.
+
+    Raises:
+        OutOfMemoryError: one sequence does not fit.
+    """
+    with told_in_a_sentence("measuring latency", "give the target in layers (--layers)", can_stream=False):
+        whole, part = time_in_turns([model, shared_view(model, range(num_layers))], setup)
     ratios = [after / before for before, after in zip(whole.decode, part.decode, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     seconds = statistics.median(whole.decode), statistics.median(part.decode)

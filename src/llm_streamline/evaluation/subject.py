@@ -20,8 +20,9 @@ from llm_streamline.evaluation.outcome import as_lines, item_rows, task_result
 from llm_streamline.evaluation.perplexity import ScoredText, WindowLosses, perplexity_result, read_windows
 from llm_streamline.evaluation.result import GenerationResult, PerplexityResult, SizeResult, TaskResult
 from llm_streamline.evaluation.size import model_size
-from llm_streamline.evaluation.speed import SpeedSetup, compare_speed, speed_result, time_in_turns
+from llm_streamline.evaluation.speed import SpeedSetup, Timings, compare_speed, speed_result, time_in_turns
 from llm_streamline.evaluation.tasks import run_choice_task, run_harness
+from llm_streamline.memory_limits import told_in_a_sentence
 from llm_streamline.sources import LoadedModel
 
 _SPEED_PROMPT_TOKENS = 256
@@ -241,8 +242,15 @@ def measure_speed(subject: Subject, base: Subject | None, setup: SpeedSetup | No
         return None, None, None
     both = [subject] if base is None else [subject, base]
     with clock.stage("speed"):
-        timings = ranks.from_main(lambda: time_in_turns([one.model for one in both], setup))  # the others rest
+        timings = ranks.from_main(lambda: _timed([one.model for one in both], setup))  # the others rest
     results = [speed_result(one, setup) for one in timings]
     if base is None:
         return results[0], None, None
     return results[0], results[1], compare_speed(timings[1], timings[0], base.size, subject.size)
+
+
+def _timed(models: list, setup: SpeedSetup) -> list[Timings]:
+    """Time in turns; a batch that does not fit is not halved: that would be another measurement."""
+    way_out = "lower evaluation.speed_batch_size or speed_prompt_tokens, or leave it out (evaluation.speed: false)"
+    with told_in_a_sentence("the speed measurement", way_out, can_stream=False):
+        return time_in_turns(models, setup)

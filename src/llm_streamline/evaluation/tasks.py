@@ -24,8 +24,12 @@ from llm_streamline.evaluation.answers import group_of
 from llm_streamline.evaluation.items import ChoiceTask, near_names
 from llm_streamline.evaluation.outcome import share_stderr
 from llm_streamline.evaluation.result import MetricResult, TaskResult
+from llm_streamline.logs import get_logger
+from llm_streamline.memory_limits import BatchTooLarge, free_memory, no_room_for, out_of_memory
 
+_ROWS_AT_ONCE = 8
 _LOCAL_PREFIX = "local_"  # keeps a local file's task apart from the harness's task of that name
+log = get_logger()
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,14 @@ def run_harness(
         names: tasks, groups, tags, or folders whose YAML tasks are all run.
         limit: questions of each task, from the first.
         num_fewshot: worked examples; None: as each task says.
-        batch_size: rows in a forward pass; None: 8.
+        batch_size: rows in a forward pass; None: 8. Where they do not fit into memory the tasks start over with half.
         max_length: most tokens read at once; None: as the model's config says.
         seed: of everything that draws.
 
     Raises:
         MissingExtraError, TaskError, NumericsError: see `check_task_names`; also a data set that cannot be had, and
             log-likelihoods that are not finite.
+        OutOfMemoryError: not even one row fits.
     """
     check_task_names(names)
     folders = [name for name in names if Path(name).is_dir()]
@@ -182,6 +187,23 @@ def _quiet() -> Iterator[None]:
 
 
 def _run(model, tokenizer, names, manager, limit, num_fewshot, batch_size, max_length, seed) -> list[HarnessTask]:
+    """Run tasks, and all of them again with half as many rows at once when memory ends: the harness cannot go on."""
+    rows = batch_size or _ROWS_AT_ONCE
+    while True:
+        try:
+            return _run_once(model, tokenizer, names, manager, limit, num_fewshot, rows, max_length, seed)
+        except BatchTooLarge as problem:
+            if rows == 1:
+                way_out = "use fewer worked examples (--num-fewshot)"
+                raise out_of_memory(f"the tasks {', '.join(names)}", str(problem), way_out) from None
+            log.warning(
+                "out of memory in %s with %d rows at once; starting over with %d", ", ".join(names), rows, rows // 2
+            )
+        rows //= 2
+        free_memory()  # out here: the error that held on to the tensors is gone
+
+
+def _run_once(model, tokenizer, names, manager, limit, num_fewshot, rows, max_length, seed) -> list[HarnessTask]:
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -190,14 +212,14 @@ def _run(model, tokenizer, names, manager, limit, num_fewshot, batch_size, max_l
         wrapped = HFLM(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # the harness gives it a pad token
-            batch_size=batch_size or 8,
+            batch_size=rows,
             max_length=max_length,
             # its default is the model's dtype: a bfloat16 log-softmax is good for two digits
             softmax_dtype=torch.float32,
         )
     wrapped.loglikelihood = partial(wrapped.loglikelihood, disable_tqdm=True)  # progress is told by our own bar
     try:
-        with _quiet():
+        with _quiet(), no_room_for(rows, "rows"):
             found = simple_evaluate(
                 model=wrapped,
                 tasks=list(names),

@@ -17,6 +17,7 @@ its merged layers. Letters: L layers, B sentences, T tokens, d width.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from llm_streamline.data.windows import Windows
 from llm_streamline.errors import PlanError
 from llm_streamline.measure.partial import ResumedModel, run_tapped
 from llm_streamline.measure.probe import Probe
+from llm_streamline.memory_limits import Portions
 from llm_streamline.merging import check_mergeable, merged_layer
 from llm_streamline.methods.registry import MethodConfig, method
 from llm_streamline.plan import Merge, Plan, Selection
@@ -148,7 +150,8 @@ def collapse(trial: "Trial", config: LacoConfig, threshold: float) -> list[Group
 class Trial:
     """Similarity of edited models to the original on a few sentences, each edited model being looked at once.
 
-    The states of the original on these sentences are kept, so that only what lies above a merge has to run.
+    The states of the original on these sentences are kept, so that only what lies above a merge has to run. Sentences
+    are run together while memory suffices, then fewer at a time.
     """
 
     def __init__(self, probe: Probe, config: LacoConfig):
@@ -156,14 +159,16 @@ class Trial:
         self._probe = probe
         self._arch = find_arch(self.model)
         ids = _sentences(probe.calibration or probe.validation, config)
-        self._inputs = {"input_ids": ids.to(self.model.get_input_embeddings().weight.device)}
+        self._ids = ids.to(self.model.get_input_embeddings().weight.device)
+        way_out = "lower selection.options.sentence_tokens"
+        self._portions = Portions("comparing merges", way_out, unit="sentences", can_stream=False)
         self.num_tokens = ids.numel()
         self._known: dict[tuple[Group, ...], float] = {tuple(Group(i, i + 1) for i in range(self.num_layers)): 1.0}
         self._merged: dict[Group, nn.Module] = {}
-        with torch.inference_mode():
-            self._states, _ = run_tapped(self.model, self._inputs, range(self.num_layers), stop=self.num_layers)
+        parts = self._portions.run(self._ids, self._original)
         probe.cost.forward(self.num_layers, self.num_tokens)
-        self._truth = self._represent(self.model, self._states[self.num_layers])
+        self._truth = torch.cat([truth for _, truth in parts])
+        self._states = {b: torch.cat([states.pop(b) for states, _ in parts]) for b in range(self.num_layers)}
 
     @property
     def num_tried(self) -> int:
@@ -178,12 +183,24 @@ class Trial:
             self._known[key] = -1.0  # a hybrid that would lose its last layer of a kind: never above any threshold
         if key not in self._known:
             resumed = self._edited(groups)
-            states, _ = resumed.run(self._inputs, self._states[resumed.at], stop=resumed.num_layers)
+            cosines = self._portions.run(range(len(self._ids)), partial(self._cosines, resumed))
             self._probe.cost.forward(resumed.num_layers - resumed.at, self.num_tokens)
-            found = self._represent(resumed.view, states[resumed.num_layers])
-            cosines = nn.functional.cosine_similarity(found, self._truth, dim=-1)
-            self._known[key] = float(cosines.mean())
+            self._known[key] = float(torch.cat(cosines).mean())
         return self._known[key]
+
+    @torch.inference_mode()
+    def _original(self, ids: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        """The original's states on some sentences, below each layer, and what its head would see."""
+        states, _ = run_tapped(self.model, {"input_ids": ids}, range(self.num_layers), stop=self.num_layers)
+        return states, self._represent(self.model, states.pop(self.num_layers))
+
+    def _cosines(self, resumed: ResumedModel, numbers: range) -> Tensor:
+        """Of some sentences, by their numbers: (B,) for `flattened`, (B, T) for `tokens`."""
+        rows = slice(numbers.start, numbers.stop)
+        inputs, entering = {"input_ids": self._ids[rows]}, self._states[resumed.at][rows]
+        states, _ = resumed.run(inputs, entering, stop=resumed.num_layers)
+        found = self._represent(resumed.view, states[resumed.num_layers])
+        return nn.functional.cosine_similarity(found, self._truth[rows], dim=-1)
 
     def _edited(self, groups: list[Group]) -> ResumedModel:
         wanted = {group: place for place, group in enumerate(groups) if group.stop - group.start > 1}
