@@ -39,7 +39,7 @@ def saving(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(_explain(Path(path), error.errno, error.strerror or str(error))) from error
+        raise OutputError(_explain(Path(path), _errno(error), error.strerror or str(error))) from error
     except Exception as error:
         number = _foreign_errno(error)
         if number is None:
@@ -57,9 +57,10 @@ def disk_full_in_words(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (*_DISK_FULL, errno.EROFS):
+        number = _errno(error)
+        if number not in (*_DISK_FULL, errno.EROFS):
             raise
-        raise OutputError(_explain(Path(error.filename or path), error.errno, str(error))) from error
+        raise OutputError(_explain(Path(error.filename or path), number, str(error))) from error
 
 
 def _explain(path: Path, number: int | None, text: str) -> str:
@@ -68,6 +69,13 @@ def _explain(path: Path, number: int | None, text: str) -> str:
     if number in _FORBIDDEN:
         return f"{path} is not writable ({text}): choose another folder"
     return f"cannot write {path}: {text}"
+
+
+def _errno(error: OSError) -> int | None:
+    """The error's number; of a folder that could not be copied, that of the first file that could not."""
+    if isinstance(error, shutil.Error) and (found := re.search(r"\[Errno (\d+)\]", str(error))):
+        return int(found[1])
+    return error.errno
 
 
 def _foreign_errno(error: Exception) -> int | None:

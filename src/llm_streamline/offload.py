@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from llm_streamline.arch import get_layers
+from llm_streamline.files import disk_full_in_words
 from llm_streamline.layer_config import text_config
 from llm_streamline.skeleton import build_skeleton
 from llm_streamline.structure import find_layers_path, path_of
@@ -114,7 +115,11 @@ def load_with_layers_on_disk(
     converted = tempfile.TemporaryDirectory(prefix="llm-streamline-converted-", dir=scratch)
     places = _device_map(skeleton, layers_path, device)
     # they warn that layers are on the meta device, which was asked for, and that buffers have no device of their own
-    with _silent("accelerate.big_modeling"), warnings.catch_warnings(action="ignore"):
+    with (
+        _silent("accelerate.big_modeling"),
+        warnings.catch_warnings(action="ignore"),
+        disk_full_in_words(converted.name),
+    ):
         model, info = model_class.from_pretrained(folder, device_map=places, offload_folder=converted.name, **options)
     weights = _offloaded_weights(model)
     remove_hook_from_module(model, recurse=True)

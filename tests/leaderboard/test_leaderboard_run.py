@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -236,6 +237,14 @@ def test_the_exit_code_tells_how_a_run_ended(ending, tmp_path):
     assert ending("sys.exit(143)").status == "pending"
     killed = ending("os.kill(os.getpid(), signal.SIGKILL)")
     assert killed == Ending("failed", "killed by SIGKILL (out of memory?)")
+
+
+@pytest.mark.parametrize("said", ["OutputError: the disk is full: x was not written", ""])
+def test_a_full_disk_ends_the_board_and_refuses_no_run_for_good(ending, monkeypatch, said):
+    free = 10**9 if said else 0  # the run may not even find room to say it
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(OutputError, match=r"the disk is full.*m/x/3/0/0 goes on"):
+        ending(f"print({said!r}, file=sys.stderr); sys.exit(2)")
 
 
 def test_a_run_is_stopped_when_the_time_is_over(ending):

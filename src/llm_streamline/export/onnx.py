@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_streamline.errors import ArchitectureError, MissingExtraError, OutputError, ProofError
-from llm_streamline.files import check_room, replace_folder
+from llm_streamline.files import check_room, replace_folder, saving
 from llm_streamline.logs import get_logger
 from llm_streamline.quiet import quiet_transformers
 from llm_streamline.sources import load_model, resolve_model
@@ -57,7 +57,8 @@ def export_onnx(folder: str | Path, out: str | Path) -> OnnxExport:
         raise OutputError(f"{out} exists already: choose another name for the folder, or remove it first")
     loaded = load_model(resolve_model(folder), "float32", "cpu")
     model, tokenizer = loaded.model, loaded.tokenizer
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with saving(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     check_room(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()))
     exported = _trace(model)
     with replace_folder(out) as staging:

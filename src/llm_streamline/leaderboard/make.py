@@ -1,12 +1,14 @@
 """One leaderboard from its specification to its page: expand, run what is missing, draw."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llm_streamline.errors import ConfigError
+from llm_streamline.files import disk_full_in_words
 from llm_streamline.leaderboard.board import chosen_entries, entries_of, load_board
 from llm_streamline.leaderboard.page import draw
 from llm_streamline.leaderboard.records import Record, Shelf
@@ -48,7 +50,7 @@ def make_leaderboard(
 
     Raises:
         ConfigError: if the specification, a recipe in it, or a filter is wrong.
-        OutputError: if `out` holds something else.
+        OutputError: if `out` holds something else or cannot be written, or another call is at work there.
     """
     if limit_minutes is not None and limit_minutes <= 0:
         raise ConfigError(f"--limit-minutes must be more than 0, got {limit_minutes:g}")
@@ -56,23 +58,34 @@ def make_leaderboard(
     entries = entries_of(board, Path(spec).parent, overrides)
     wanted = chosen_entries(entries, only)
     shelf, fingerprints = Shelf(out), cache(_fingerprint)
-    shelf.open()
-    known = {entry.label: recorded(entry, shelf, fingerprints) for entry in entries}
-    shelf.write_board(board.title, list(known.values()))
+    with disk_full_in_words(shelf.out), _opened(shelf, dry_run):
+        known = {entry.label: recorded(entry, shelf, fingerprints) for entry in entries}
+        shelf.write_board(board.title, list(known.values()))
+        if dry_run:
+            records = [known[entry.label] for entry in wanted]
+        else:
+            records = run_board(
+                wanted,
+                shelf,
+                fingerprints=fingerprints,
+                runner=runner,
+                limit_seconds=None if limit_minutes is None else 60 * limit_minutes,
+                retry=retry,
+                keep_weights=keep_weights,
+                after_each=lambda: draw(shelf),
+            )
+        return Made(records, draw(shelf))
+
+
+@contextmanager
+def _opened(shelf: Shelf, dry_run: bool) -> Iterator[None]:
+    """Whoever only looks is let in while another call runs."""
     if dry_run:
-        records = [known[entry.label] for entry in wanted]
-    else:
-        records = run_board(
-            wanted,
-            shelf,
-            fingerprints=fingerprints,
-            runner=runner,
-            limit_seconds=None if limit_minutes is None else 60 * limit_minutes,
-            retry=retry,
-            keep_weights=keep_weights,
-            after_each=lambda: draw(shelf),
-        )
-    return Made(records, draw(shelf))
+        shelf.open()
+        yield
+        return
+    with shelf.held():
+        yield
 
 
 def _fingerprint(source: str) -> str:

@@ -10,14 +10,17 @@ OUT/runs/KEY/          where the run works; removed when it is finished unless w
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from llm_streamline.errors import OutputError, StreamlineError
+from llm_streamline.files import saving
 from llm_streamline.output import TOOL_FOLDER, open_output, write_json
+from llm_streamline.runs.lock import locked
 from llm_streamline.schema import FrozenModel, parse
 
 _SHARED = (
@@ -87,8 +90,20 @@ class Shelf:
         """
         if self.out.exists() and (not self.out.is_dir() or (any(self.out.iterdir()) and not self.is_board())):
             raise OutputError(f"{self.out} is not empty and holds no leaderboard: choose another folder")
-        for name in ("entries", "results", "runs"):
-            (self.out / name).mkdir(parents=True, exist_ok=True)
+        with saving(self.out):
+            for name in ("entries", "results", "runs"):
+                (self.out / name).mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Open the folder, and let no other call run there until the block ends.
+
+        Raises:
+            OutputError: see `open`; or another call is at work there.
+        """
+        self.open()
+        with locked(self.out / "entries"):
+            yield
 
     def is_board(self) -> bool:
         """Whether a leaderboard was made here."""

@@ -5,6 +5,7 @@ one recorded failure. The command that is recorded is the command that was run.
 """
 
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_streamline.errors import StreamlineError
+from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.files import write_text
 from llm_streamline.leaderboard.board import Entry
 from llm_streamline.leaderboard.records import Record, Shelf, Status
@@ -21,6 +22,8 @@ from llm_streamline.logs import get_logger, progress_bar
 from llm_streamline.output import is_complete
 
 _GRACE_SECONDS = 120.0  # for a run that was asked to stop: it finishes its step and saves it
+_DISK_FULL = "OutputError: the disk is full"
+_LEAST_FREE = 64 * 1024  # bytes: hardly a results file
 _TOLD_TO_STOP = (130, 143)  # exit codes of a run that a signal ended in good order
 log = get_logger()
 
@@ -155,6 +158,8 @@ def in_process_of_its_own(entry: Entry, recipe: Path, out: Path, log_file: Path,
         return Ending("done")
     if code in _TOLD_TO_STOP:
         return Ending("pending", "stopped by a signal; the next call goes on where it was")
+    if code == 2 and _disk_is_full(log_file):
+        raise OutputError(f"the disk is full: free some space, then run again; {entry.label} goes on where it was")
     if code < 0:
         return Ending("failed", f"killed by {_signal_name(-code)}")
     return Ending("refused" if code == 2 else "failed", _last_line(log_file))
@@ -176,6 +181,11 @@ def _stop(process: subprocess.Popen) -> None:
 def _signal_name(number: int) -> str:
     name = signal.Signals(number).name
     return f"{name} (out of memory?)" if name == "SIGKILL" else name
+
+
+def _disk_is_full(log_file: Path) -> bool:
+    """Whether the run said so, or could no longer say it: a run that found no room is not refused for good."""
+    return _DISK_FULL in _last_line(log_file) or shutil.disk_usage(log_file).free < _LEAST_FREE
 
 
 def _last_line(log_file: Path) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_streamline.errors import MissingExtraError, SourceError, StreamlineError
+from llm_streamline.errors import MissingExtraError, OutputError, SourceError, StreamlineError
+from llm_streamline.files import saving
 from llm_streamline.logs import get_logger
 from llm_streamline.quiet import quiet_transformers
 from llm_streamline.sources.weights import read_weights
@@ -189,7 +190,7 @@ def converted_folder(path: Path, fingerprint: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
         model, tokenizer = _convert(path, header)
-        with quiet_transformers():
+        with quiet_transformers(), saving(folder):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         try:
@@ -197,13 +198,13 @@ def converted_folder(path: Path, fingerprint: str) -> Path:
         except OSError:
             if not folder.is_dir():  # when another process was faster its folder is as good as ours
                 raise
+    except (OSError, OutputError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise SourceError(
+            f"cannot keep the converted model in {folder.parent}: {said}; set {CACHE_VARIABLE} to a folder with room"
+        ) from error
     except StreamlineError:
         raise
-    except OSError as error:
-        raise SourceError(
-            f"cannot keep the converted model in {folder.parent}: {error.strerror or error}; set {CACHE_VARIABLE} to a "
-            "folder with room"
-        ) from error
     except Exception as error:  # a foreign parser on foreign data: whatever it raises, the file cannot be read
         raise SourceError(f"transformers cannot read {path}: {type(error).__name__}: {_first_line(error)}") from error
     finally:

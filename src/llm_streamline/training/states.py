@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from llm_streamline.data.windows import Windows
 from llm_streamline.errors import ConfigError
-from llm_streamline.files import check_room, saving, sha256_of, write_json, write_tensors
+from llm_streamline.files import check_room, sha256_of, write_json, write_tensors
 from llm_streamline.logs import get_logger, progress_bar
 from llm_streamline.measure.partial import run_tapped
 from llm_streamline.measure.stream import WAY_OUT
 from llm_streamline.memory_limits import Portions
+from llm_streamline.runs.lock import locked
 from llm_streamline.sizes import as_size
 
 FORMAT = 1
@@ -112,30 +113,34 @@ def cached_states(
         batch_tokens: tokens run at once.
 
     Raises:
-        OutputError: the disk has too little room, or the folder cannot be written.
+        OutputError: the disk has too little room, the folder cannot be written, or another run is computing these.
     """
     place = folder.expanduser() / request.key[:16]
-    done = _sound_shards(place, request)
-    starts = range(0, request.num_windows, request.shard_windows)
-    if len(done) < len(starts):
-        size = request.num_windows * request.window_bytes
-        missing = (len(starts) - len(done)) * request.shard_windows * request.window_bytes
-        log.info("hidden states of %d windows take %s in %s", request.num_windows, as_size(size), place)
-        with saving(place):
-            place.mkdir(parents=True, exist_ok=True)
-        check_room(place, min(size, missing))
-        per_batch = max(1, batch_tokens // request.seq_len)
-        with progress_bar("hidden states", request.num_windows) as bar:
-            bar.advance(min(request.num_windows, len(done) * request.shard_windows))
-            for start in starts[len(done) :]:
-                stop = min(start + request.shard_windows, request.num_windows)
-                tensors = _compute(model, windows.input_ids[start:stop], request, per_batch, bar.advance)
-                done.append(_write_shard(place / _shard_name(len(done)), tensors))
-                del tensors
-                write_json(place / MANIFEST, _manifest(request, done))
+    if len(_sound_shards(place, request)) * request.shard_windows < request.num_windows:
+        with locked(place):
+            _fill(model, windows, request, place, batch_tokens)
     else:
         log.info("hidden states: computed before, taken from %s", place)
     return CachedStates(place, request)
+
+
+def _fill(model: nn.Module, windows: Windows, request: StateRequest, place: Path, batch_tokens: int) -> None:
+    """Compute the shards that are not there."""
+    done = _sound_shards(place, request)
+    starts = range(0, request.num_windows, request.shard_windows)
+    size = request.num_windows * request.window_bytes
+    missing = (len(starts) - len(done)) * request.shard_windows * request.window_bytes
+    log.info("hidden states of %d windows take %s in %s", request.num_windows, as_size(size), place)
+    check_room(place, min(size, missing))
+    per_batch = max(1, batch_tokens // request.seq_len)
+    with progress_bar("hidden states", request.num_windows) as bar:
+        bar.advance(min(request.num_windows, len(done) * request.shard_windows))
+        for start in starts[len(done) :]:
+            stop = min(start + request.shard_windows, request.num_windows)
+            tensors = _compute(model, windows.input_ids[start:stop], request, per_batch, bar.advance)
+            done.append(_write_shard(place / _shard_name(len(done)), tensors))
+            del tensors
+            write_json(place / MANIFEST, _manifest(request, done))
 
 
 def _compute(
