@@ -1,4 +1,4 @@
-"""What is written outside of a run's own folder, on a disk that is really full: one sentence, and no half file.
+"""What is written outside of a run's own folder, on a disk that is full or read-only: one sentence, and no half file.
 
 The write points of a run are in `test_disk_full.py`.
 """
@@ -55,6 +55,9 @@ class Disk:
 
     def free(self):
         self._ballast.unlink()
+
+    def protect(self, mode="ro"):
+        subprocess.run(["mount", "-o", f"remount,{mode}", self.place], check=True)
 
     def tree(self):
         return sorted(path.relative_to(self.place) for path in self.place.rglob("*") if path.is_file())
@@ -115,9 +118,10 @@ def record_of_a_run(place, _):
     make_leaderboard(place / "board.yaml", place / "out", runner=None, dry_run=True)
 
 
-@pytest.mark.parametrize(
-    "write", [gguf, large_file, folder_of_files, hidden_states, kept_start, plan_file, record_of_a_run]
-)
+POINTS = [gguf, large_file, folder_of_files, hidden_states, kept_start, plan_file, record_of_a_run]
+
+
+@pytest.mark.parametrize("write", POINTS)
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(disk, model, monkeypatch, write):
     monkeypatch.setattr(states, "check_room", lambda *_: None)  # it fills up while we write
     monkeypatch.setattr(make, "_fingerprint", lambda source: source)
@@ -131,6 +135,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(disk, model, monkey
     disk.free()
     write(disk.place, model)
     assert len(disk.tree()) >= len(before)
+
+
+@pytest.mark.parametrize("write", POINTS)
+def test_a_read_only_disk_is_one_sentence(disk, model, monkeypatch, write):
+    monkeypatch.setattr(make, "_fingerprint", lambda source: source)
+    (disk.place / "board.yaml").write_text(BOARD)
+    disk.protect()
+    with pytest.raises(OutputError, match=r"is not writable .*choose another folder") as told:
+        write(disk.place, model)
+    assert "\n" not in str(told.value)
+    disk.protect("rw")
+    assert [path.name for path in disk.tree()] == ["board.yaml"]
 
 
 def test_a_converted_file_finds_no_room(disk, tmp_path, monkeypatch):
