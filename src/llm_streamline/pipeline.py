@@ -63,6 +63,7 @@ from llm_streamline.stages.train import Trained
 from llm_streamline.stages.windows import make_windows
 from llm_streamline.stages.wishes import settled
 from llm_streamline.training.heal import check_healing
+from llm_streamline.training.reach import with_reach
 from llm_streamline.without_weights import apply_on_files, preview_without_weights, read_slices
 
 log = get_logger()
@@ -313,7 +314,9 @@ def compress(
             roles = ("calibration", "train", "validation", "evaluation")
             windows = prepared(loaded, recipe, roles, folder, ledger)
             wanted = evaluation_wanted(recipe, loaded, windows)
-        wishes = asked.model_dump(mode="json", exclude={"max_memory", "cache_states"})  # they change no result
+        # a limit of memory and a cache change no result, but by what `trainable: auto` stands for
+        decided_wishes = with_reach(asked, recipe.training.trainable)
+        wishes = decided_wishes.model_dump(mode="json", exclude={"max_memory", "cache_states"})
         run_key = key_of(source.fingerprint, wishes, window_hashes(windows))
         is_this = ranks.from_main(lambda: is_complete(out) and read_manifest(out).get("key") == run_key)
         if is_this and ledger.is_intact(STAGES):

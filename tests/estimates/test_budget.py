@@ -101,6 +101,14 @@ def test_an_objective_that_does_not_fit_is_refused_with_ways_that_do(source):
     fit(source, kl.model_copy(update={"training": smaller}), ALL_WORK, base=80 * MIB)
 
 
+@pytest.mark.parametrize("trainable", ["above", "lora", "full"])
+def test_training_the_originals_own_weights_is_refused_within_a_limit(source, trainable):
+    wished = recipe(max_memory="8GiB", **{"training.trainable": trainable})
+    with pytest.raises(ConfigError, match=f"training.trainable: {trainable} .*leave one of the two out"):
+        fit(source, wished, ALL_WORK)
+    assert fit(source, wished, ("measure",)) is not None  # an analysis trains nothing
+
+
 def test_own_memory_counts_what_a_tensor_takes_and_no_mapped_file(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -1,5 +1,6 @@
 """A run that was stopped or damaged ends with the bits of an undisturbed one."""
 
+import json
 import os
 import shutil
 import signal
@@ -134,6 +135,14 @@ def test_the_command_line_ends_cleanly_and_says_how_to_go_on(place, truth, tmp_p
         run(place, out)
     assert "going on from the checkpoint at step 5 of 8" in caplog.text
     assert bits(out) == truth
+
+
+def test_a_limit_of_memory_is_another_run_where_it_changes_what_is_trained(finished, place, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    log = out / "streamline" / "training.json"
+    assert json.loads(log.read_text())["trainable"] == "above"
+    run(place, out, overrides={"max_memory": "8GiB"})
+    assert json.loads(log.read_text())["trainable"] == "replacement"
 
 
 def test_two_runs_in_one_folder(place, finished, truth):

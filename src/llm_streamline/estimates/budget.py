@@ -173,6 +173,11 @@ def fit(source: "ModelSource", recipe: Recipe, stages: Sequence[str], base: int 
             f"--max-memory reads layers as they are in the files, quantization: {recipe.quantization} packs them in "
             "memory: leave one of the two out"
         )
+    if "train" in stages and recipe.training.tokens and recipe.training.heals:
+        raise ConfigError(
+            f"--max-memory has room for the replacement alone, training.trainable: {recipe.training.trainable} trains "
+            "the original's own weights: leave one of the two out"
+        )
     model = ModelBytes.of(source, recipe.dtype, recipe.device)
     base = own_memory_bytes() if base is None else base
     held = base + model.rest + model.layer  # mapped pages too: without them in memory nothing runs at a useful speed
