@@ -193,7 +193,7 @@ def _same_draws() -> Iterator[None]:
         raise
 
 
-def _generate(model, prompts_ids, **settings) -> list[list[int]]:
+def _generate(model, prompts_ids, ends, max_new_tokens, sampled, temperature, top_p) -> list[list[int]]:
     """Continue prompts.
 
     Raises:
@@ -201,7 +201,7 @@ def _generate(model, prompts_ids, **settings) -> list[list[int]]:
     """
     try:
         with _same_draws():
-            return _continue(model, prompts_ids, **settings)
+            return _continue(model, prompts_ids, ends, max_new_tokens, sampled, temperature, top_p)
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
