@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import random
@@ -235,6 +236,15 @@ def test_prediction_files_of_opencompass(tmp_path):
         ("", "holds no answers"),
         ("{not json", "line 1: not JSON"),
         ('{"a": 1}\n', "neither a log"),
+        (json.dumps({k: v for k, v in own_row(0).items() if k != "tokens"}), "line 1: the field 'tokens' is missing"),
+        (json.dumps(own_row(0, gold=2)), r"line 1: gold is 2, but there are 2 choices \(0 is the first\)"),
+        (json.dumps(own_row(0, gold="A")), "line 1: gold is 'A'"),
+        (json.dumps(own_row(0, tokens=3)), "line 1: the lists of the choices differ in length"),
+        (json.dumps(own_row(0, tokens=["a", "b"])), "line 1: the length of a choice is not a whole number"),
+        (json.dumps(lm_eval_row(0, (1, 2), 0.4)), "line 1: the field 'acc' is missing or neither 0 nor 1"),
+        (json.dumps(lm_eval_row(0, (1, 2), 1, filtered_resps=[["1", "x"]])), "1 log-likelihoods for 2 choices"),
+        (json.dumps(lm_eval_row(0, (1, 2), 1, arguments=[])), "2 log-likelihoods for 0 choices"),
+        (json.dumps({k: v for k, v in lm_eval_row(0, (1, 2), 1).items() if k != "doc_id"}), "'doc_id' is missing"),
         (json.dumps(own_row(0)) + "\n" + json.dumps({"id": "x"}), r"line 2: the field '\w+' is missing"),
         (json.dumps(own_row(0, tokens=[1])), "line 1: the lists of the choices differ in length"),
         (json.dumps(own_row(0, loglikelihood=[None, 1.0])), "line 1: a choice without a score"),
@@ -247,6 +257,61 @@ def test_broken_logs_are_refused_with_the_line(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(TaskError, match=message):
         read_answers(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction": "C"}, "question 0: prediction is 'C', but the choices are A, B"),
+        ({"gold": "D"}, "question 0: gold is 'D'"),
+        ({"label: A": {"prompt": "x"}}, "question 0: a choice without a score"),
+        ({"label: B": 3}, "question 0: expected an object for the choice 'B', got 3"),
+        ({"gold": None}, "question 0: gold is 'None'"),
+    ],
+)
+def test_broken_prediction_files_are_refused_with_the_question(tmp_path, change, message):
+    data = opencompass([(1.0, 2.0), (1.0, 3.0)], "AB", "AB")
+    data["0"] |= change
+    (tmp_path / "piqa.json").write_text(json.dumps(data))
+    with pytest.raises(TaskError, match=message):
+        read_answers(tmp_path / "piqa.json")
+    (tmp_path / "piqa.json").write_text(json.dumps(opencompass([(1.0, 2.0)], "A", "A") | {"1": 5}))
+    with pytest.raises(TaskError, match="question 1: expected an object with the choices, got int"):
+        read_answers(tmp_path / "piqa.json")
+
+
+ODD = (None, 5, -1, True, 1.5, math.nan, "text", [], {}, [None], [[1]], {"a": 1})
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_nothing_in_a_log_is_a_traceback(tmp_path, place):
+    file, prediction = tmp_path / "quiz.jsonl", tmp_path / "piqa.json"
+    for made in (own_row, lambda number: lm_eval_row(number, (-1.0, -2.0), 1.0)):
+        for key, odd in ((key, odd) for key in made(0) for odd in ODD):
+            rows = [made(0), made(1)]
+            rows[place] |= {key: odd}
+            with contextlib.suppress(TaskError, NumericsError):
+                read_answers(write(file, rows))
+    for key, odd in ((key, odd) for key in ("label: A", "prediction", "gold") for odd in ODD):
+        data = opencompass([(1.0, 2.0), (1.0, 3.0)], "AB", "AB")
+        data[str(place)] |= {key: odd}
+        prediction.write_text(json.dumps(data))
+        with contextlib.suppress(TaskError, NumericsError):
+            read_answers(prediction)
+
+
+def test_the_rule_that_chooses_answers(tmp_path):
+    # by log-likelihood ' yes' wins, by log-likelihood per character ' no way', as lm-eval's own acc_norm says
+    arguments = [["Q", " yes"], ["Q", " no way"]]
+    row = lm_eval_row(0, (-4.0, -5.0), 1.0, arguments=arguments, acc_norm=0.0)
+    file = write(tmp_path / "samples_quiz.jsonl", [row])
+    for metric, prediction, correct in (("acc", 0, True), ("acc_norm", 1, False)):
+        found = read_answers(file, metric)["quiz"]
+        assert (found.metric, found.items[0].prediction, found.items[0].correct) == (metric, prediction, correct)
+    assert read_answers(write(file, [row | {"acc_norm": None}]), "acc_norm")["quiz"].metric == "acc"  # it has none
+    assert read_answers(write(tmp_path / "w.jsonl", [own_row(0, chars=[])]), "acc_norm")["quiz"].metric == "acc"
+    with pytest.raises(TaskError, match="no metric 'f1': answers are chosen by acc or acc_norm"):
+        read_answers(file, "f1")
 
 
 def test_logs_that_are_not_there_or_not_finite(tmp_path):

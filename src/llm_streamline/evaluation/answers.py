@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from llm_streamline.evaluation.result import Results
 
 _GROUPS = ("cmmlu", "mmlu", "ceval", "agieval")  # one file for each subject; the paper averages over subjects first
 _OWN_KEYS = {"id", "question", "gold", "loglikelihood", "tokens", "chars"}
+METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,16 @@ def read_answers(path: str | Path, metric: str = "acc") -> dict[str, Answers]:
         path: a result file of `evaluate`, or the output folder it is in (the answers of its one compressed model, or of
             its only model); a per-item log (.jsonl of ours or of lm-eval's --log_samples); an OpenCompass prediction
             file (.json); or a folder of such logs of one model.
-        metric: how our own logs choose an answer: 'acc' by log-likelihood, 'acc_norm' by log-likelihood per character.
+        metric: how an answer is chosen in our own logs and lm-eval's: 'acc' by log-likelihood, 'acc_norm' by
+            log-likelihood per character. A data set that has no acc_norm is read by acc, and says so.
 
     Raises:
-        TaskError: nothing there, a file of none of these formats, a malformed line (named), no question in it.
+        TaskError: another metric, nothing there, a file of none of these formats, a malformed line (named), no question
+            in it.
         NumericsError: a score is not finite.
     """
+    if metric not in METRICS:
+        raise TaskError(f"no metric '{metric}': answers are chosen by {' or '.join(METRICS)}.")
     found: dict[str, Answers] = {}
     for file in _files(Path(path)):
         answers = _read_file(file, metric)
@@ -126,21 +131,12 @@ def _read_file(file: Path, metric: str) -> Answers | None:
     if not rows:
         raise TaskError(f"{file} holds no answers.")
     first = rows[0][0]
-    try:
-        if first.keys() >= _OWN_KEYS:
-            return answers_of_rows(rows, str(file), metric)
-        if "doc_id" in first and ("filtered_resps" in first or "resps" in first):
-            task = re.sub(r"^samples_|_\d{4}-\d{2}-\d{2}T[\d:.\-]+$", "", file.stem)
-            return answers_of_samples(rows, task, str(file))
-    except _BadRow as error:
-        raise TaskError(f"{file}, line {error.number}: {error.reason}.") from None
+    if "loglikelihood" in first:
+        return answers_of_rows(rows, str(file), metric)
+    if "doc_id" in first or "filtered_resps" in first:
+        task = re.sub(r"^samples_|_\d{4}-\d{2}-\d{2}T[\d:.\-]+$", "", file.stem)
+        return answers_of_samples(rows, task, str(file), metric)
     raise TaskError(f"{file} is neither a log of `evaluate` nor of lm-eval --log_samples.")
-
-
-class _BadRow(Exception):
-    def __init__(self, number: int, reason: str):
-        super().__init__(reason)
-        self.number, self.reason = number, reason
 
 
 def _load(content: bytes, where: str) -> dict:
@@ -153,65 +149,103 @@ def _load(content: bytes, where: str) -> dict:
     return data
 
 
-def _finite(values: Iterable[Any], where: str) -> tuple[float, ...]:
-    values = tuple(values)
-    if not values or not all(isinstance(value, (int, float)) for value in values):
-        raise TaskError(f"{where}: a choice without a score ({list(values)}).")
+def _finite(values: Any, where: str) -> tuple[float, ...]:
+    values = tuple(values) if isinstance(values, Iterable) else (values,)
+    if not values or not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        raise TaskError(f"{where}: a choice without a score ({list(values)!r:.80}).")
     if not all(math.isfinite(value) for value in values):
-        raise NumericsError(f"{where}: a choice's score is not finite ({list(values)}).")
+        raise NumericsError(f"{where}: a choice's score is not finite ({list(values)!r:.80}).")
     return values
 
 
-def _best(scores: list[float]) -> int:
+def _check_length(values: Any, count: int, where: str) -> None:
+    if not isinstance(values, list) or len(values) != count:
+        raise TaskError(f"{where}: the lists of the choices differ in length.")
+    if not all(isinstance(value, int) for value in values):
+        raise TaskError(f"{where}: the length of a choice is not a whole number ({values!r:.80}).")
+
+
+def _best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)  # the first of equal scores, as numpy's argmax
+
+
+def _per(scores: Sequence[float], lengths: Sequence[int]) -> list[float]:
+    return [score / max(1, length) for score, length in zip(scores, lengths, strict=True)]
 
 
 def answers_of_rows(rows: list[tuple[dict, int]], origin: str, metric: str = "acc") -> Answers:
     """Read rows of our own logs, each with its line number; `origin` names the file in messages."""
-    items = []
+    items, normalised = [], False
     for row, number in rows:
+        where = f"{origin}, line {number}"
         if missing := _OWN_KEYS - row.keys():
-            raise _BadRow(number, f"the field '{min(missing)}' is missing")
-        likelihoods = _finite(row["loglikelihood"], f"{origin}, line {number}")
-        if len(row["tokens"]) != len(likelihoods) or len(row["chars"] or likelihoods) != len(likelihoods):
-            raise _BadRow(number, "the lists of the choices differ in length")
-        nll = tuple(-ll / max(1, count) for ll, count in zip(likelihoods, row["tokens"], strict=True))
-        scores = list(likelihoods)
+            raise TaskError(f"{where}: the field '{min(missing)}' is missing.")
+        likelihoods = _finite(row["loglikelihood"], where)
+        count, gold = len(likelihoods), row["gold"]
+        _check_length(row["tokens"], count, where)
+        if row["chars"]:
+            _check_length(row["chars"], count, where)
+        if type(gold) is not int or not 0 <= gold < count:
+            raise TaskError(f"{where}: gold is {gold!r:.40}, but there are {count} choices (0 is the first).")
+        scores: Sequence[float] = likelihoods
         if metric == "acc_norm" and row["chars"]:
-            scores = [ll / max(1, chars) for ll, chars in zip(likelihoods, row["chars"], strict=True)]
+            scores, normalised = _per(likelihoods, row["chars"]), True
+        nll = tuple(-score for score in _per(likelihoods, row["tokens"]))
         prediction = _best(scores)
-        items.append(Answer(str(row["id"]), row["question"], nll, prediction, prediction == row["gold"]))
-    task = rows[0][0].get("task") or Path(origin).stem
-    return Answers(task, group_of(task), metric, "token", tuple(items), origin)
+        items.append(Answer(str(row["id"]), str(row["question"]), nll, prediction, prediction == gold))
+    task = str(rows[0][0].get("task") or Path(origin).stem)
+    return Answers(task, group_of(task), "acc_norm" if normalised else "acc", "token", tuple(items), origin)
 
 
-def answers_of_samples(rows: list[tuple[dict, int]], task: str, origin: str) -> Answers:
+def answers_of_samples(rows: list[tuple[dict, int]], task: str, origin: str, metric: str = "acc") -> Answers:
     """Read rows as lm-eval's --log_samples writes them, each with its line number."""
-    items, seen = [], set()
+    items, seen, normalised = [], set(), False
     for row, number in rows:
-        if row["doc_id"] in seen:
+        where = f"{origin}, line {number}"
+        name = row.get("doc_id")
+        if not isinstance(name, (int, str)):
+            raise TaskError(f"{where}: the field 'doc_id' is missing or no number.")
+        if name in seen:
             continue  # the same question through another filter
-        seen.add(row["doc_id"])
-        responses = row.get("filtered_resps") or row.get("resps")
-        try:
-            likelihoods = _finite(map(_likelihood, responses), f"{origin}, line {number}")
-            arguments = row["arguments"]
-            requests = list(arguments.values()) if isinstance(arguments, dict) else arguments
-            texts = [list(one.values()) if isinstance(one, dict) else list(one) for one in requests]
-        except (TypeError, ValueError, IndexError, KeyError):
-            raise _BadRow(number, "no log-likelihood for each choice; is this a multiple-choice task?") from None
-        if "acc" not in row:
-            raise _BadRow(number, "the field 'acc' is missing; stability needs a multiple-choice task")
-        num_choices = min(len(likelihoods), len(texts))
+        seen.add(name)
+        likelihoods, texts = _scored_texts(row, where)
+        if row.get("acc") not in (0, 1):
+            raise TaskError(
+                f"{where}: the field 'acc' is missing or neither 0 nor 1; stability needs a multiple-choice task."
+            )
+        question = question_hash(part for text in texts for part in text)
         if "acc_mutual_info" in row:
-            num_choices //= 2  # the second half are the choices without context
-        nll = tuple(
-            -ll / max(1, len(str(text[1]).encode())) for ll, text in zip(likelihoods, texts[:num_choices], strict=False)
-        )
-        question = question_hash(str(part) for text in texts for part in text[:2])
-        prediction = _best(list(likelihoods[:num_choices]))
-        items.append(Answer(str(row["doc_id"]), question, nll, prediction, bool(row["acc"])))
-    return Answers(task, group_of(task), "acc", "byte", tuple(items), origin)
+            half = len(texts) // 2  # the second half are the choices without context
+            likelihoods, texts = likelihoods[:half], texts[:half]
+        choices = [text for _, text in texts]
+        scores, right = likelihoods, row["acc"]
+        if metric == "acc_norm" and row.get("acc_norm") in (0, 1):
+            strip = all(text.startswith(" ") for text in choices)  # the delimiter does not count as length
+            scores, right, normalised = (
+                _per(likelihoods, [len(text) - strip for text in choices]),
+                row["acc_norm"],
+                True,
+            )
+        nll = tuple(-score for score in _per(likelihoods, [len(text.encode()) for text in choices]))
+        items.append(Answer(str(name), question, nll, _best(scores), bool(right)))
+    return Answers(task, group_of(task), "acc_norm" if normalised else "acc", "byte", tuple(items), origin)
+
+
+def _scored_texts(row: dict, where: str) -> tuple[tuple[float, ...], list[tuple[str, str]]]:
+    """The log-likelihood of every choice in a row of lm-eval, and its context and continuation."""
+    try:
+        likelihoods = [_likelihood(response) for response in row.get("filtered_resps") or row["resps"]]
+        arguments = row["arguments"]
+        requests = list(arguments.values()) if isinstance(arguments, dict) else arguments
+        texts = [list(one.values()) if isinstance(one, dict) else list(one) for one in requests]
+        pairs = [(str(context), str(choice)) for context, choice, *_ in texts]
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise TaskError(
+            f"{where}: no log-likelihood for each choice; is this a multiple-choice task with its 'arguments'?"
+        ) from None
+    if len(pairs) != len(likelihoods):
+        raise TaskError(f"{where}: {len(likelihoods)} log-likelihoods for {len(pairs)} choices.")
+    return _finite(likelihoods, where), pairs
 
 
 def _likelihood(response: Any) -> float:
@@ -231,13 +265,26 @@ def _is_opencompass(data: dict) -> bool:
 def _from_opencompass(data: dict, file: Path) -> Answers:
     items = []
     for key in sorted(data, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0, key)):
-        row = data[key]
-        labels = [name.removeprefix("label: ") for name in row if name.startswith("label: ")]
-        if "gold" not in row or "prediction" not in row or not labels:
-            raise TaskError(f"{file}, question {key}: 'gold', 'prediction' or the choices are missing.")
-        scores = _finite((row[f"label: {label}"].get("PPL") for label in labels), f"{file}, question {key}")
-        prompts = [str(row[f"label: {label}"].get("prompt", "")) for label in labels]
-        question = question_hash([*prompts, str(row["gold"])]) if any(prompts) else ""
-        prediction = labels.index(str(row["prediction"])) if str(row["prediction"]) in labels else -1
-        items.append(Answer(key, question, scores, prediction, str(row["prediction"]) == str(row["gold"])))
+        row, where = data[key], f"{file}, question {key}"
+        choices = _choices_of_opencompass(row, where)
+        scores = _finite([choice.get("PPL") for choice in choices.values()], where)
+        prompts = [str(choice.get("prompt", "")) for choice in choices.values()]
+        chosen, gold = str(row["prediction"]), str(row["gold"])
+        for name, label in (("prediction", chosen), ("gold", gold)):
+            if label not in choices:
+                raise TaskError(f"{where}: {name} is '{label:.40}', but the choices are {', '.join(choices)}.")
+        question = question_hash([*prompts, gold]) if any(prompts) else ""
+        items.append(Answer(key, question, scores, list(choices).index(chosen), chosen == gold))
     return Answers(file.stem, group_of(file.stem), "ppl", "prompt token", tuple(items), str(file))
+
+
+def _choices_of_opencompass(row: Any, where: str) -> dict[str, dict]:
+    """What a question says of each of its choices, by label."""
+    if not isinstance(row, dict):
+        raise TaskError(f"{where}: expected an object with the choices, got {type(row).__name__}.")
+    found = {name.removeprefix("label: "): value for name, value in row.items() if name.startswith("label: ")}
+    if "gold" not in row or "prediction" not in row or not found:
+        raise TaskError(f"{where}: 'gold', 'prediction' or the choices are missing.")
+    if odd := [label for label, value in found.items() if not isinstance(value, dict)]:
+        raise TaskError(f"{where}: expected an object for the choice '{odd[0]}', got {found[odd[0]]!r:.40}.")
+    return found

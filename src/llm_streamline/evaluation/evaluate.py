@@ -104,7 +104,7 @@ def evaluate(
             comparisons.append(_comparison(base, subject, pair_texts, speed_pair, config, clock))
         results.append(_model_result(subject, "model", speed))
         logs |= subject.logs
-        hashes |= {text.name: text.data_hash for text in subject.texts}
+        hashes |= {part.name: part.data_hash for part in (*subject.texts, *subject.tasks)}
         subject = loaded = None  # let go of this model before the next one is loaded
         loaded = next(queue, None)
     record = Results(
@@ -158,15 +158,14 @@ def _model_result(subject: Subject, role: str, speed) -> ModelResult:
 
 
 def _provenance(config, place, hashes, material, started, clock, command, plan_hash) -> Provenance:
-    tasks = {task.name: task.data_hash for task in material.choice_tasks}
     return Provenance(
-        versions=versions(),
+        versions=versions() | material.harness_version,
         seed=config.seed,
         **place,
         threads=num_threads(),
         command=command,
         config=config.model_dump(mode="json"),
-        data_hashes=hashes | tasks,
+        data_hashes=hashes,
         plan_hash=plan_hash,
         started_at=started.isoformat(timespec="seconds"),
         seconds=time.perf_counter() - clock.start,

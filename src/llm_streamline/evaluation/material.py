@@ -13,7 +13,8 @@ from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.items import ChoiceTask, is_choice_file, read_choice_file, with_examples
 from llm_streamline.evaluation.passages import continuation_task, texts_of_windows
 from llm_streamline.evaluation.perplexity import ScoredText, packed_text, scored_text
-from llm_streamline.evaluation.tasks import check_task_names
+from llm_streamline.evaluation.tasks import check_task_names, require_lm_eval
+from llm_streamline.runtime import package_versions
 
 DEFAULT_CONTEXT = 1024
 _CONTINUATION = "continuation"
@@ -33,6 +34,12 @@ class Material:
     texts: dict[str, str] = field(default_factory=dict)
     choice_tasks: list[ChoiceTask] = field(default_factory=list)
     harness_tasks: list[str] = field(default_factory=list)
+
+    @property
+    def harness_version(self) -> dict[str, str]:
+        """The version of lm-eval by its name, if it scores any of the tasks."""
+        used = self.harness_tasks or (self.choice_tasks and self.config.scorer == "lm-eval")
+        return package_versions(("lm_eval",)) if used else {}
 
     def scored_texts(self, tokenizer, positions: int | None) -> list[ScoredText]:
         """Cut all texts into windows for one tokenizer.
@@ -83,8 +90,7 @@ def gather(config: EvaluationConfig, tokenizer=None, windows: Mapping[str, Windo
         if task.name in {other.name for other in material.choice_tasks}:
             raise TaskError(f"two tasks are named '{task.name}'; rename one of the files.")
         material.choice_tasks.append(with_examples(task, config.num_fewshot).first(config.limit))
-    if material.harness_tasks:
-        check_task_names(material.harness_tasks)
+    _check_harness(config, material.harness_tasks)
     return material
 
 
@@ -102,8 +108,14 @@ def check_config(config: EvaluationConfig) -> None:
     for name in names:
         if _is_local(name):
             with_examples(read_choice_file(name), config.num_fewshot)
-    if harness := [name for name in names if not _is_local(name)]:
-        check_task_names(harness)
+    _check_harness(config, [name for name in names if not _is_local(name)])
+
+
+def _check_harness(config: EvaluationConfig, names: Sequence[str]) -> None:
+    if names:
+        check_task_names(names)
+    elif config.tasks and config.scorer == "lm-eval":
+        require_lm_eval()
 
 
 def _refuse_twins(names: Sequence[str]) -> None:

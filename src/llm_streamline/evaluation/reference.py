@@ -93,7 +93,7 @@ def _key(base: Subject, material: Material) -> str:
             config.model_dump(mode="json", exclude=_NO_PART),
             {text.name: text.data_hash for text in base.texts},
             [task.data_hash for task in material.choice_tasks],
-            versions(),
+            versions() | material.harness_version,
         ]
     )
 

@@ -179,9 +179,11 @@ def measure_tasks(subject: Subject, material: Material, clock: Clock) -> None:
 
 
 def _answers(rows: list[dict], result: TaskResult) -> Answers | None:
-    """Answers in the harness's rows; None for a task that is not multiple choice."""
+    """Answers in the harness's rows; None for a task that is not multiple choice with right and wrong answers."""
     if result.acc is None or not rows or len(rows[0]["arguments"]) < 2:
         return None
+    if any(row.get("acc") not in (0, 1) for row in rows):
+        return None  # truthfulqa_mc2 gives shares of probability
     return answers_of_samples(list(zip(rows, range(1, len(rows) + 1), strict=True)), result.name, result.name)
 
 

@@ -56,9 +56,11 @@ def check_task_names(names: Sequence[str]) -> None:
 
     Raises:
         MissingExtraError: the harness is not installed.
-        TaskError: a name is unknown; near names are offered.
+        TaskError: a name is unknown (near names are offered), or a folder holds no task.
     """
     require_lm_eval()
+    for folder in (name for name in names if Path(name).is_dir()):
+        _tasks_in(folder)
     plain = [name for name in names if not Path(name).is_dir()]
     if not plain:
         return
@@ -69,6 +71,15 @@ def check_task_names(names: Sequence[str]) -> None:
                 f"no task '{name}'.{near_names(name, known)} Tasks are names, groups and YAML folders of lm-eval, "
                 "multiple-choice files (.jsonl, .jsonl.gz), or `continuation`."
             )
+
+
+def _tasks_in(folder: str) -> list[str]:
+    """Names of the YAML tasks in a folder."""
+    with _quiet():
+        found = list(_manager([folder], defaults=False).all_subtasks)
+    if not found:
+        raise TaskError(f"{folder} holds no YAML task that lm-eval can read.")
+    return found
 
 
 def _manager(include: Sequence[str] = (), defaults: bool = True):
@@ -101,15 +112,14 @@ def run_harness(
         seed: of everything that draws.
 
     Raises:
-        MissingExtraError, TaskError, NumericsError: see `check_task_names`; also a data set that cannot be had, and
-            log-likelihoods that are not finite.
+        MissingExtraError, TaskError, NumericsError: see `check_task_names`; also whatever the harness cannot run (a
+            data set that cannot be had or is empty, a field or template that is wrong), a gold answer out of range,
+            and log-likelihoods that are not finite.
         OutOfMemoryError: not even one row fits.
     """
     check_task_names(names)
     folders = [name for name in names if Path(name).is_dir()]
-    inside = [task for folder in folders for task in _manager([folder], defaults=False).all_subtasks]
-    if folders and not inside:
-        raise TaskError(f"no YAML task in {', '.join(folders)}.")
+    inside = [task for folder in folders for task in _tasks_in(folder)]
     wanted = [name for name in names if name not in folders] + inside
     manager = _manager(folders, defaults=len(folders) < len(names))
     return _run(model, tokenizer, wanted, manager, limit, num_fewshot, batch_size, max_length, seed)
@@ -235,9 +245,11 @@ def _run_once(model, tokenizer, names, manager, limit, num_fewshot, rows, max_le
             )
     except StreamlineError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-        # the harness raises bare errors; the commonest is a data set that cannot be downloaded
-        raise TaskError(f"lm-eval could not run {', '.join(names)}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        # Of a data set that cannot be downloaded, is empty or lacks a field that the task's YAML names, of a template
+        # with a mistake in it: the harness raises what it happens to meet, StopIteration and jinja2's errors among it.
+        told = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": .")
+        raise TaskError(f"lm-eval could not run {', '.join(names)} ({told}).") from error
     groups = {task: group for group, tasks in found.get("group_subtasks", {}).items() for task in tasks}
     return [_outcome(name, found, groups.get(name), limit) for name in found["samples"]]
 
@@ -258,6 +270,13 @@ def _outcome(name: str, found: dict, group: str | None, limit: int | None) -> Ha
         scores = [response[0] for response in sample["filtered_resps"] if isinstance(response, (list, tuple))]
         if not all(math.isfinite(score) for score in scores if isinstance(score, float)):
             raise NumericsError(f"task {name}, question {sample['doc_id']}: a log-likelihood is not finite.")
+        # the harness itself only logs this, and counts the question as answered wrongly
+        gold = sample["target"]
+        if type(gold) is int and len(scores) > 1 and not 0 <= gold < len(scores):
+            raise TaskError(
+                f"task {name}, question {sample['doc_id']}: gold is {gold}, but there are {len(scores)} choices "
+                "(0 is the first)."
+            )
     errors |= {key: share_stderr(metrics[key], num_items) for key in ("acc", "acc_norm") if key in metrics}
     errors = {key: value for key, value in errors.items() if value is not None and math.isfinite(value)}
     known = ("acc", "acc_norm")
