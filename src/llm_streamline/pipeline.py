@@ -12,7 +12,7 @@ from pathlib import Path
 from llm_streamline import ranks
 from llm_streamline.checkpoint import probe_texts
 from llm_streamline.config import Recipe
-from llm_streamline.errors import PlanError
+from llm_streamline.errors import ConfigError, PlanError
 from llm_streamline.estimates.budget import ALL_WORK
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.evaluate import evaluate as run_evaluation
@@ -266,6 +266,8 @@ def evaluate(
         StreamlineError: whatever is wrong with models, texts or tasks, before the slow work.
     """
     config = config or EvaluationConfig()
+    if config.gate and against is None:
+        raise ConfigError("the gate judges a model's text relative to the original's; name the original (--against).")
     ranks.start(device)
     sources = [ranks.main_first(lambda model=model: resolve_model(model)) for model in models]
     original_source = ranks.main_first(lambda: resolve_model(against)) if against else None

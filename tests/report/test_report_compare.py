@@ -18,7 +18,7 @@ from llm_streamline.report.tables import (
     generation_table,
     plan_table,
     stability_table,
-    verdict_table,
+    verdict_tables,
 )
 
 
@@ -122,9 +122,17 @@ def test_names_with_brackets_are_text_not_markup():
 
 
 def test_the_verdict_states_its_thresholds():
-    text = printed(verdict_table(results()))
+    text = printed(*verdict_tables(results()))
     assert text.startswith("Much quality was lost")
     assert "partly lost up to 2.00 ×" in text
+
+
+def test_every_model_has_its_verdict_by_name():
+    one, two = results(name="a"), results(gap=0.1, name="b")
+    models, comparisons = (*one.models, two.models[1]), (*one.comparisons, *two.comparisons)
+    text = printed(*verdict_tables(one.model_copy(update={"models": models, "comparisons": comparisons})))
+    assert "a: Much quality was lost" in text
+    assert "\nb: " in text
 
 
 def test_the_preview_of_a_plan():

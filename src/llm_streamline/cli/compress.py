@@ -44,6 +44,7 @@ def compress(
 
     outcome = run(model, out, wanted, fresh=fresh, recipe_name=str(recipe) if recipe else None)
     terminal.show_outcome(outcome, as_json)
+    terminal.stop_at_gate(outcome.results)
 
 
 def demo(

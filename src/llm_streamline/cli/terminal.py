@@ -60,15 +60,25 @@ def show_plan(plan: Any, preview: Any) -> None:
 
 
 def show_results(results: Any) -> None:
-    """Print the tables and the verdict of an evaluation."""
-    from llm_streamline.report.tables import before_after_table, verdict_table
+    """Print the tables of an evaluation, and the verdict on every model that was compared."""
+    from llm_streamline.report.tables import before_after_table, verdict_tables
 
     screen = console()
-    for table in before_after_table(results):
+    for table in (*before_after_table(results), *verdict_tables(results)):
         screen.print(table)
-    verdict = verdict_table(results)
-    if verdict is not None:
-        screen.print(verdict)
+
+
+def stop_at_gate(results: Any | None) -> None:
+    """Leave with exit code 1, saying why, if the evaluation asked for the gate and a model fails it."""
+    if results is None or not results.provenance.config.get("gate"):
+        return
+    from llm_streamline.evaluation.evaluate import gate_failures
+
+    failures = gate_failures(results)
+    for failure in failures:
+        print(f"gate: {failure}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
 
 
 def show_outcome(outcome: Any, as_json: bool) -> None:

@@ -100,6 +100,8 @@ def check_config(config: EvaluationConfig) -> None:
     Raises:
         ConfigError, TextError, TaskError, MissingExtraError: something asked for is not there or cannot be used.
     """
+    if config.gate and not config.generation:
+        raise ConfigError("the gate judges what the models write; it cannot be asked for without the generation check.")
     _refuse_twins(config.perplexity)
     names = [name for name in config.tasks if not is_continuation(name)]
     for spec in (*config.perplexity, *(name.partition(":")[2] for name in config.tasks if is_continuation(name))):

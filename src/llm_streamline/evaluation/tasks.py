@@ -243,7 +243,7 @@ def _run_once(model, tokenizer, names, manager, limit, num_fewshot, rows, max_le
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-    except StreamlineError:
+    except (StreamlineError, BatchTooLarge):
         raise
     except Exception as error:
         # Of a data set that cannot be downloaded, is empty or lacks a field that the task's YAML names, of a template

@@ -96,14 +96,15 @@ def _title(pair: Pair) -> str:
     return f"{name} against {words.model_name(pair.before.source)}" if pair.before else name
 
 
-def verdict_table(results: Results) -> Table | None:
-    """The verdict on the first model: each part, what was found, the rule; None without a comparison."""
-    verdict = next((found for pair in pairs(results) if (found := judge(pair))), None)
-    return _verdict_table(verdict) if verdict else None
+def verdict_tables(results: Results) -> list[Table]:
+    """The verdict on each model that was compared: each part, what was found, the rule."""
+    judged = [(words.model_name(pair.after.name), judge(pair)) for pair in pairs(results)]
+    judged = [(name, verdict) for name, verdict in judged if verdict]
+    return [_verdict_table(verdict, f"{name}: " if len(judged) > 1 else "") for name, verdict in judged]
 
 
-def _verdict_table(verdict: Verdict) -> Table:
-    title = _text(verdict.headline, LEVEL_STYLES[verdict.level])
+def _verdict_table(verdict: Verdict, name: str) -> Table:
+    title = _text(f"{name}{verdict.headline}", LEVEL_STYLES[verdict.level])
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     for part in verdict.parts:
         table.add_row(_text(part.name), _text(part.word, LEVEL_STYLES[part.level]), _text(part.finding))
