@@ -226,3 +226,11 @@ def test_settings_and_schema_need_no_torch():
     names = "llm_streamline.evaluation.config, llm_streamline.evaluation.result"
     code = f"import sys, {names}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_field_of_the_schema_is_documented():
+    for name, record in Results.model_json_schema()["$defs"].items():
+        assert record["description"], name
+        for field, told in record["properties"].items():
+            assert told.get("description"), f"{name}.{field}"
+    assert all(told.get("description") for told in Results.model_json_schema()["properties"].values())

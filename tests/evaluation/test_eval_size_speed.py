@@ -2,8 +2,10 @@ import pytest
 from samples import tiny
 from tiny import tiny_model
 
+from llm_streamline.evaluation import speed
 from llm_streamline.evaluation.size import kv_bytes_per_token, model_size
 from llm_streamline.evaluation.speed import SpeedSetup, Timings, compare_speed, speed_result, time_in_turns
+from llm_streamline.runtime import PeakMemory
 from llm_streamline.surgery import keep_layers
 
 
@@ -70,6 +72,21 @@ def test_a_model_of_half_the_layers_is_faster():
     assert found.prefill.ratio > 2
     assert found.decode.ratio > 2
     assert timings[0].peak_memory_bytes > 0
+
+
+def test_peak_memory_is_the_models_own(monkeypatch):
+    """The other model is in memory, too: only what a run adds to it counts, and the model's own weights."""
+    small, large = tiny(num_hidden_layers=2), tiny(num_hidden_layers=8)
+    monkeypatch.setattr(speed, "reset_peak_memory", lambda: True)
+    monkeypatch.setattr(speed, "current_memory_bytes", lambda: 10**9)
+    added = iter((70, 40, 30, 60))  # turns: large, small; small, large
+    monkeypatch.setattr(speed, "peak_memory", lambda: PeakMemory(host_bytes=10**9 + next(added), device_bytes=0))
+    setup = SpeedSetup(prompt_tokens=4, new_tokens=1, rounds=2)
+    found = time_in_turns([large, small], setup)
+    assert found[0].peak_memory_bytes == model_size(large).weight_bytes + 70
+    assert found[1].peak_memory_bytes == model_size(small).weight_bytes + 40
+    monkeypatch.setattr(speed, "reset_peak_memory", lambda: False)  # the peak would be of the process since its start
+    assert time_in_turns([small], setup)[0].peak_memory_bytes is None
 
 
 @pytest.mark.parametrize("name", ["mamba", "lfm2", "bloom", "gemma2"])

@@ -27,6 +27,8 @@ frame.addEventListener("load", () => {
     const place = t.getScreenCTM();
     return parseFloat(getComputedStyle(t).fontSize) * Math.hypot(place.a, place.b);
   });
+  const cut = [...page.querySelectorAll(".scroll")].map((e) => e.scrollWidth - e.clientWidth);
+  document.body.setAttribute("data-cut", Math.max(0, ...cut));
   document.body.setAttribute("data-found", JSON.stringify({
     width, overflow: page.documentElement.scrollWidth - width, out: out.map((e) => e.outerHTML.slice(0, 90)),
     smallest: Math.min(...small)}));
@@ -94,6 +96,18 @@ def test_nothing_is_wider_than_the_screen(pages, tmp_path, name, width):
     measured = html.unescape(found[1])
     assert f'"width":{width},"overflow":0,"out":[]' in measured
     assert float(re.search(r'"smallest":([\d.]+)', measured)[1]) >= 9.5  # pixels; text in drawings stays legible
+
+
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_no_column_is_cut_off_on_paper(pages, tmp_path, name):
+    page = pages[name].read_text(encoding="utf-8")
+    assert "@media print {" in page
+    inner = html.escape(page.replace("@media print {", "@media all {"), quote=True)
+    shell = tmp_path / "shell.html"
+    a4 = 672  # CSS pixels between margins of 16 mm
+    shell.write_text(f'<body><iframe style="width:{a4}px;height:900px;border:0" srcdoc="{inner}"></iframe>{MEASURE}')
+    dom, _ = browse(shell, tmp_path, width=1400)
+    assert re.search(r'data-cut="([^"]*)"', dom)[1] == "0"  # what scrolls on a screen is lost on paper
 
 
 def test_hover_and_tap_tell_the_number(pages, tmp_path):

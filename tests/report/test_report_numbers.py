@@ -57,6 +57,15 @@ def test_few_questions_without_a_flip_are_no_certainty():
     assert 1.96 * paired_stderr(0, 0, 18) > 0.09
 
 
+def test_speed_tells_latency_the_saving_reached_and_memory():
+    (pair,) = pairs(results())
+    rows = {row.label: row for row in figures(pair) if row.group == "Speed"}
+    assert words.plain(rows["decode, tokens/s"].note) == (
+        "46.9 ms → 34.8 ms a step; batch 1, prompt 256, 16 new tokens; ideal 1.43 ×, 84 % of its saving reached"
+    )
+    assert words.plain(rows["peak memory"].after) == "912.0 MB"
+
+
 def test_the_table_shows_the_ratio_that_the_results_hold():
     pair = pairs(results(gap=math.log(2)))[0]
     row = next(row for row in figures(pair) if row.label == "perplexity")

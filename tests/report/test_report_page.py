@@ -1,5 +1,6 @@
 """The page of a run: whole, in parts, with hostile text, from damaged files."""
 
+import html
 import json
 import re
 import subprocess
@@ -103,6 +104,39 @@ def test_training_without_validation_or_that_did_not_help_is_told(tmp_path):
     assert "before training: identity 6.654 and first 6.705." in page_of(out)
     assert "did not improve on the start, so the start was kept" in page_of(out)
     assert "by one decoder layer, which training did not improve, so its start was kept:" in page_of(out)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "words"),
+    [
+        ("replacement", "by one decoder layer, trained on 262.1 k tokens"),
+        ("above", "by one decoder layer, trained together with every layer above and the final norm on 262.1 k tokens"),
+    ],
+)
+def test_the_sentence_says_what_was_trained(tmp_path, trainable, words):
+    out = write_run(tmp_path / "run", leave_out=("training.json",))
+    (out / "streamline" / "training.json").write_text(json.dumps(training() | {"trainable": trainable}))
+    assert words in what_was_done(load_run(out)).replace("\u00a0", " ")
+
+
+def test_text_that_passes_is_not_called_better_than_it_is(tmp_path):
+    out = write_run(tmp_path / "run", leave_out=("results.json",))
+    data = json.loads(results().model_dump_json())
+    data["comparisons"][0]["generation"] = {"ok": True, "reasons": []}
+    (out / "streamline" / "results.json").write_text(json.dumps(data))
+    page = html.unescape(page_of(out)).replace("\u00a0", " ")
+    assert "not degenerate where the original's is not: repeated 4-grams 3.0 % → 16.0 %, different 2-grams" in page
+
+
+def test_averages_stand_below_the_tasks_and_several_texts_are_told_apart(tmp_path):
+    out = write_run(tmp_path / "run", leave_out=("results.json",))
+    data = json.loads(results().model_dump_json())
+    for model in data["models"]:
+        model["perplexity"].append(model["perplexity"][0] | {"name": "held-out text"})
+    (out / "streamline" / "results.json").write_text(json.dumps(data))
+    page = page_of(out)
+    assert re.search(r'<tr class="mean"><th>mean of all</th>.*75\.8', page)
+    assert "perplexity, wikitext2-valid.txt</div>" in page
 
 
 def test_a_diverged_training_is_still_drawn(tmp_path):

@@ -27,7 +27,7 @@ class EvaluationConfig(FrozenModel):
         "auto", description="who scores local multiple-choice files; auto is our light scorer"
     )
     limit: PositiveInt | None = Field(None, description="items of each task at most, from the first")
-    num_fewshot: int = Field(0, ge=0, description="worked examples before each question")
+    num_fewshot: int = Field(0, ge=0, description="worked examples before each question; 0: as a task of lm-eval says")
     batch_size: PositiveInt | None = Field(None, description="sequences in a forward pass; none: by token budget")
     batch_tokens: PositiveInt = Field(4096, description="token budget of a forward pass when batch_size is none")
 

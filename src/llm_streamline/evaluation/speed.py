@@ -16,7 +16,7 @@ from torch import nn
 
 from llm_streamline.evaluation.result import SizeResult, SpeedComparison, SpeedRatio, SpeedResult
 from llm_streamline.logs import progress_bar
-from llm_streamline.runtime import peak_memory, reset_peak_memory
+from llm_streamline.runtime import current_memory_bytes, peak_memory, reset_peak_memory
 
 
 @dataclass
@@ -26,6 +26,18 @@ class Timings:
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
+
+    def add_peak(self, model: nn.Module, before: int | None) -> None:
+        """Take in what a run needed: the model's own weights, and the peak less what was in memory `before`.
+
+        The peak itself would count the other model, too, which is in memory only to be timed in turns.
+        """
+        if before is None:
+            return
+        peak = peak_memory()
+        working = (peak.device_bytes if _on_cuda(model) else peak.host_bytes) - before
+        weights = {id(p): p.numel() * p.element_size() for p in model.parameters() if p.device.type != "meta"}
+        self.peak_memory_bytes = max(self.peak_memory_bytes or 0, sum(weights.values()) + max(working, 0))
 
 
 @dataclass(frozen=True)
@@ -52,13 +64,12 @@ def time_in_turns(models: list[nn.Module], setup: SpeedSetup) -> list[Timings]:
         for round_number in range(setup.rounds + 1):
             order = range(len(models)) if round_number % 2 else reversed(range(len(models)))
             for number in order:
-                reset_peak_memory()
+                before = _memory_now(models[number]) if reset_peak_memory() or torch.cuda.is_available() else None
                 prefill, decode = _time_once(models[number], prompt, setup.new_tokens)
                 if round_number:
                     timings[number].prefill.append(prefill)
                     timings[number].decode.append(decode)
-                    peak = peak_memory()
-                    timings[number].peak_memory_bytes = peak.device_bytes or peak.host_bytes
+                    timings[number].add_peak(models[number], before)
             bar.advance()
     return timings
 
@@ -82,6 +93,15 @@ def _time_once(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> tuple
         token = output.logits[:, -1:].argmax(dim=-1)
     wait()
     return prefill, (time.perf_counter() - start) / new_tokens
+
+
+def _on_cuda(model: nn.Module) -> bool:
+    return model.get_input_embeddings().weight.device.type == "cuda"
+
+
+def _memory_now(model: nn.Module) -> int:
+    """Bytes in use where the model runs: on its accelerator, else by the whole process."""
+    return torch.cuda.memory_allocated() if _on_cuda(model) else current_memory_bytes()
 
 
 def _synchroniser(device: torch.device) -> Callable[[], None]:

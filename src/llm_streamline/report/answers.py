@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llm_streamline.evaluation.result import StabilityResult
+from llm_streamline.evaluation.result import StabilityAverage, StabilityResult
 from llm_streamline.report.accuracy import collapsed
 from llm_streamline.report.pair import Pair, one_per_task
 from llm_streamline.report.plots import Bar, outcome_bar, stability_flow, task_bars
@@ -20,6 +20,7 @@ def answers_view(pair: Pair | None) -> dict[str, Any]:
         "flow_title": "",
         "outcomes": [],
         "stability": [],
+        "averages": [],
         "stability_note": "",
         "bars": None,
     }
@@ -35,6 +36,7 @@ def answers_view(pair: Pair | None) -> dict[str, Any]:
             for (name, meaning), number in zip(OUTCOMES, counts, strict=True)
         ]
         view["stability"] = [_row(result) for result in found[:MOST_ROWS]]
+        view["averages"] = [_mean_row(one) for one in _means(pair, found)]
         view["stability_note"] = _note(found)
     return view
 
@@ -53,6 +55,22 @@ def _row(result: StabilityResult) -> dict[str, Any]:
         "same": percent(result.prediction_agreement),
         "flips": f"{result.tf}, {result.ft}",
         "p": chance_of(result.mcnemar_p),
+    }
+
+
+def _means(pair: Pair, found: list[StabilityResult]) -> list[StabilityAverage]:
+    if len(found) < 2:
+        return []
+    return [average for average in pair.both.stability_averages if average.sigma == found[0].sigma]
+
+
+def _mean_row(average: StabilityAverage) -> dict[str, str]:
+    return {
+        "task": f"mean of {average.name}",
+        "stability": percent(average.stability),
+        "match": percent(average.match_rate),
+        "script": percent(average.stability_reference_bug),
+        "same": percent(average.prediction_agreement),
     }
 
 

@@ -11,6 +11,7 @@ from llm_streamline.evaluation.result import (
     PerplexityResult,
     SizeResult,
     SpeedRatio,
+    SpeedResult,
     StabilityResult,
     TaskResult,
 )
@@ -107,8 +108,36 @@ def _speeds(pair: Pair) -> Iterator[Figure]:
             times(ratio.ratio) if ratio else "",
             f"quartiles {between(decimal(ratio.low), decimal(ratio.high))}" if ratio else "",
             _trend(ratio.ratio - 1, low_is_good=False, noise=0.01) if ratio else "",
-            note + (f"; ideal {times(ratio.ideal_ratio)}" if ratio else ""),
+            _latency(before, after, part) + note + (_ideal(ratio) if ratio else ""),
         )
+    yield from _peak_memory(before, after)
+
+
+def _latency(before: SpeedResult | None, after: SpeedResult, part: str) -> str:
+    key, unit = ("prefill_seconds", "a batch") if part == "prefill" else ("decode_seconds_per_token", "a step")
+    since = f"{words.duration(getattr(before, key))} → " if before else ""
+    return f"{since}{words.duration(getattr(after, key))} {unit}; "
+
+
+def _ideal(ratio: SpeedRatio) -> str:
+    text = f"; ideal {times(ratio.ideal_ratio)}"
+    return text if ratio.share_of_ideal is None else f"{text}, {percent(ratio.share_of_ideal, 0)} of its saving reached"
+
+
+def _peak_memory(before: SpeedResult | None, after: SpeedResult) -> Iterator[Figure]:
+    own, base = after.peak_memory_bytes, before.peak_memory_bytes if before else None
+    if own is None:
+        return
+    change = relative(base, own) if base else None
+    yield Figure(
+        "Speed",
+        "peak memory",
+        MISSING if base is None else words.size(base),
+        words.size(own),
+        "" if change is None else signed_percent(change),
+        trend="" if change is None else _trend(change, low_is_good=True, noise=0.01),
+        note="weights, and the most that these runs took on top",
+    )
 
 
 def perplexity_text(perplexity: float, nll: float, stderr: float | None) -> str:
@@ -253,7 +282,9 @@ def _stability(pair: Pair) -> Iterator[Figure]:
         others = [
             s for s in pair.both.stability if (s.task, s.metric) == (result.task, result.metric) and s is not result
         ]
-        by_others = "".join(f"by {s.sigma.upper()} {percent(s.stability)}, " for s in others)
+        by_others = "".join(
+            f"by {s.sigma.upper()} {percent(s.stability)} (on {s.effective_questions:,.1f} questions), " for s in others
+        )
         yield Figure(
             "Stability",
             result.task,

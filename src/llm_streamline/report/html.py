@@ -157,7 +157,7 @@ def _keys(pair: Pair) -> list[dict[str, str]]:
         base = next((p for p in pair.before.perplexity if p.name == text.name), None) if pair.before else None
         change = f"{words.times(ratio.ratio)} the original's" if ratio else ""
         card(
-            "perplexity",
+            "perplexity" if len(pair.after.perplexity) == 1 else f"perplexity, {words.model_name(text.name)}",
             words.decimal(text.perplexity),
             words.decimal(base.perplexity) if base else "",
             change,

@@ -26,7 +26,7 @@ OBJECTIVES = {
 HEALED = {
     "lora": "adapters on the remaining layers, merged into the weights",
     "head": "the head, the final norm and the last layers",
-    "above": "every layer above, and the final norm",
+    "above": "every layer above and the final norm",
     "norms": "all norms",
     "full": "all weights",
 }
@@ -279,5 +279,8 @@ def _training_words(run: Run) -> str:
     if run.training.best_step == 0:
         return ", which training did not improve, so its start was kept"
     purpose = run.training.objective_words()
-    subject = f" together with {more}" if replaced and more else f"; {more} were then" if more else ","
-    return f"{subject} trained on {words.count(run.training.tokens)} tokens{' ' + purpose if purpose else ''}"
+    if replaced:
+        how = f", trained together with {more}" if more else ", trained"
+    else:
+        how = f"; {more} were then trained"
+    return f"{how} on {words.count(run.training.tokens)} tokens{' ' + purpose if purpose else ''}"
