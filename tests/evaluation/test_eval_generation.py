@@ -71,11 +71,11 @@ def test_greedy_text_is_what_the_model_finds_likeliest_step_by_step():
 def test_padding_changes_nothing():
     model, tokenizer = tiny(), byte_tokenizer()
     encoded = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    together = _generate(model, encoded, [2], 10, False, 1.0, 1.0)
+    greedy = {"ends": [2], "max_new_tokens": 10, "sampled": False, "temperature": 1.0, "top_p": 1.0}
+    together = _generate(model, encoded, **greedy)
     for ids, row in zip(encoded, together, strict=True):
-        assert (
-            _generate(model, [ids], [2], 10, False, 1.0, 1.0)[0] == row[: row.index(2) + 1 if 2 in row else None][:10]
-        )
+        alone = _generate(model, [ids], **greedy)[0]
+        assert alone == row[: row.index(2) + 1 if 2 in row else None][:10]
 
 
 def test_the_seed_decides_the_samples_and_nothing_outside_is_touched():
