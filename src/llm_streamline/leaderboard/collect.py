@@ -70,6 +70,7 @@ class Row:
     is_plain: bool = False  # layers leave, nothing comes in their place, nothing is trained
     reference: bool = False  # shown, but does not stand for the default
     developments: tuple[Estimate | None, ...] = field(default=(), repr=False)  # of each seed
+    evaluations: tuple[Estimate | None, ...] = field(default=(), repr=False)  # of each seed
 
     def development_over(self, seeds: Collection[int]) -> Estimate | None:
         """Loss on development text over some of the seeds; None when one of them lacks it."""
@@ -116,6 +117,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
     plans = [run.plan for _, run in members]
     stabilities = [_stability(pair) for pair in pairs]
     developments = tuple(_loss(pair, (HELD_OUT,)) for pair in pairs)
+    evaluations = tuple(_loss(pair, texts) if texts else None for pair in pairs)
     return Row(
         model=model,
         method=method,
@@ -126,7 +128,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
         parameters=size.parameters,
         parameters_original=pairs[0].before.size.parameters,
         development=_combined(developments),
-        evaluation=_combined([_loss(pair, texts) for pair in pairs]) if texts else None,
+        evaluation=_combined(evaluations),
         evaluation_perplexity=_mean([_perplexity(pair, texts) for pair in pairs]) if texts else None,
         kl=_mean([_kl(pair, texts or (HELD_OUT,)) for pair in pairs]),
         accuracy=_combined([_accuracy(pair) for pair in pairs]),
@@ -145,6 +147,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
         is_plain=all(plan and is_plain_removal(plan) for plan in plans) and not any(run.training for _, run in members),
         reference=any(record.reference for record, _ in members),
         developments=developments,
+        evaluations=evaluations,
     )
 
 
