@@ -291,7 +291,9 @@ def _write(result: dict, folder: Path) -> list[str]:
         measured, target = _measured(found)
         verdict = "" if found["ok"] else " (missed)"
         forecast = found.get("forecast") or ""
-        rows.append(f"| {part} | {measured}{verdict} | {target} | {found.get('seconds', '')} s | {forecast} |")
+        seconds = found.get("seconds", found.get("streamed_seconds"))
+        took = "" if seconds is None else f"{seconds:.0f} s"
+        rows.append(f"| {part} | {measured}{verdict} | {target} | {took} | {forecast} |")
     (folder / f"{name}.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return result["missed"]
 

@@ -1,7 +1,8 @@
 """What a run within a limit of memory will take, said before the slow work: peak by arithmetic, time by a measurement.
 
 The unit of time is one decoder layer's forward over one token, measured here on two layers. A pass whose layers come
-from disk takes the longer of reading and computing, because the next layer is fetched while one runs.
+from disk takes the longer of reading and computing, because the next layer is fetched while one runs. What is not known
+before the text is read, such as the tokens of a question, is a stated figure.
 """
 
 import os
@@ -22,8 +23,10 @@ from llm_streamline.estimates.saving import (
     saving_time,
     step_seconds,
 )
+from llm_streamline.evaluation.passages import NUM_ITEMS
 from llm_streamline.logs import get_logger
 from llm_streamline.measure.partial import run_tapped
+from llm_streamline.plan import Network
 from llm_streamline.sizes import as_size
 from llm_streamline.sources import LoadedModel, model_folder
 from llm_streamline.sources.weights import read_weights
@@ -31,8 +34,11 @@ from llm_streamline.sources.weights import read_weights
 _PROBE_TOKENS = 256
 _PROBE_LAYERS = 2
 _READ_BYTES = 256 * 2**20
-_START_TRIALS = 4  # starts that `best` compares, as a rule
+_DOUBLES = 768  # width of the float64 product that is timed
+_START_TRIALS = {"layer": 5}  # starts that `best` compares, as a rule: three copies, the identity, the fitted one
+_OTHER_TRIALS = 2
 _TRIAL_TOKENS = 4_096
+_ITEM_TOKENS = 150  # of a question with its choices, the shared context once
 log = get_logger()
 
 
@@ -43,6 +49,7 @@ class Rates:
     layer_seconds: float  # one layer's forward over one token
     read_bytes_per_second: float
     step_seconds: float  # one layer's forward over a step of three tokens
+    double_flops: float  # float64 operations a second, of a matrix product
     disk: DiskRates  # where the result is written
 
 
@@ -62,7 +69,17 @@ def measure_rates(loaded: LoadedModel, out: Path | None = None) -> Rates:
         float(states[_PROBE_LAYERS].flatten()[0])  # waits for an accelerator
         times.append(time.perf_counter() - started)
     per_token = min(times) / (_PROBE_LAYERS * _PROBE_TOKENS)
-    return Rates(per_token, _read_rate(loaded), step_seconds(loaded), disk_rates(out))
+    doubles = _double_rate(torch.device("cpu") if loaded.device.type == "mps" else loaded.device)
+    return Rates(per_token, _read_rate(loaded), step_seconds(loaded), doubles, disk_rates(out))
+
+
+def _double_rate(device: torch.device) -> float:
+    matrix, times = torch.ones(_DOUBLES, _DOUBLES, dtype=torch.float64, device=device), []
+    for _ in range(3):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for an accelerator
+        times.append(time.perf_counter() - started)
+    return 2 * _DOUBLES**3 / min(times)
 
 
 def _read_rate(loaded: LoadedModel) -> float:
@@ -106,11 +123,12 @@ def stage_seconds(fit: Fit, rates: Rates, recipe: Recipe, stages: tuple[str, ...
     micro = training.per_device_train_batch_size * recipe.text.seq_len
     if network and recipe.replacement.init == "best":
         tokens = min(_TRIAL_TOKENS, max(training.validation_tokens, recipe.selection.verify_tokens))
-        take("start", tokens, _START_TRIALS * (start + trained + above + head))
+        trials = _START_TRIALS.get(network.kind, _OTHER_TRIALS)
+        take("start", tokens, trials * (start + trained + above + head))
     if network and recipe.replacement.init in ("best", "closed_form"):
         take("start", recipe.replacement.fit_tokens, stop + trained)
-        moments = model.mlp_width**2 + model.mlp_width * model.width
-        take("start", recipe.replacement.fit_tokens, moments / model.layer_parameters)
+        if "start" in stages:
+            found["start"] += _solving_flops(model, network, recipe.replacement.fit_tokens) / rates.double_flops
     if network and training.tokens:
         logits = bool({"lm", "kl"} & training.objective.keys())
         teacher = (
@@ -120,14 +138,24 @@ def stage_seconds(fit: Fit, rates: Rates, recipe: Recipe, stages: tuple[str, ...
         take("train", training.tokens, step, micro)
         check = teacher + start + trained + above + head
         take("train", (training.num_evals + 1) * training.validation_tokens, check, micro)
-    if recipe.evaluation.tokens:
-        take(
-            "evaluate",
-            recipe.evaluation.tokens,
-            2 * (model.num_layers + head) - removed,
-            recipe.evaluation.batch_tokens,
-        )
+    evaluation, both = recipe.evaluation, 2 * (model.num_layers + head) - removed
+    if evaluation.tokens:
+        texts = 1 + len(evaluation.perplexity)  # the run's own held-out text is the first
+        take("evaluate", texts * evaluation.tokens, both, evaluation.batch_tokens)
+    items = max(1, len(evaluation.tasks)) * (evaluation.limit or NUM_ITEMS)
+    take("evaluate", items * _ITEM_TOKENS, both, evaluation.batch_tokens)
+    if evaluation.generation and "evaluate" in stages:
+        reading = model.layer / rates.read_bytes_per_second if fit.layers_on_disk else 0.0
+        steps = evaluation.max_new_tokens * (1 + evaluation.samples)
+        found["evaluate"] += steps * both * max(reading, rates.step_seconds)
     return found
+
+
+def _solving_flops(model: ModelBytes, network: Network, num_tokens: int) -> float:
+    """Float64 operations of a closed form: two moments, a Cholesky factorisation, and two products of its size."""
+    inputs = model.mlp_width if network.num_layers_added else model.width
+    moments = 2 * num_tokens * inputs * (inputs + model.width)
+    return moments + inputs**3 / 3 + 4 * inputs**2 * model.width
 
 
 def saving_seconds(fit: Fit, rates: Rates, recipe: Recipe, work: ProofWork) -> SavingTime:
@@ -182,9 +210,10 @@ def announce(loaded: LoadedModel, fit: Fit, stages: tuple[str, ...], out: Path |
         f"{stage} {as_size(fit.peaks[stage])}, {_duration(seconds[stage])}" for stage in stages if stage in seconds
     ]
     log.info(
-        "within %s: peak about %s of own memory, %d tokens at once, %s (%s)",
+        "within %s: peak about %s of own memory, about %s, %d tokens at once, %s (%s)",
         as_size(fit.limit),
         as_size(fit.peak),
+        _duration(sum(seconds.values())),
         fit.recipe.calibration.batch_tokens,
         "layers stay on disk" if fit.layers_on_disk else "all layers in memory",
         "; ".join(parts),
