@@ -98,6 +98,24 @@ def test_a_patched_layer_is_shared_with_nobody():
 
 
 @torch.no_grad()
+def test_models_that_share_a_patched_layer_go_on_from_behind_it():
+    """Two silenced layers in a row: the shared state is that behind the first of them, and it is not run again."""
+    model, inputs = tiny_model(), {"input_ids": tiny_tokens()}
+    patches = {i: copy.deepcopy(model.model.layers[i]) for i in (3, 4, 5)}
+    for patch in patches.values():
+        patch.self_attn.o_proj.weight.zero_()
+    pairs = [(3, 4), (3, 5), (4, 5)]
+    together = SharedPrefix(model, [Variant(WHOLE, {i: patches[i] for i in pair}) for pair in pairs])
+    assert together.num_layers_run == 8 + 5 + 4
+    found = dict(together.run(inputs))
+    for index, pair in enumerate(pairs):
+        whole = copy.deepcopy(model)
+        for i in pair:
+            whole.model.layers[i] = patches[i]
+        assert torch.equal(found[index], whole(**inputs, use_cache=False).logits), pair
+
+
+@torch.no_grad()
 def test_states_of_one_batch_are_gone_before_the_next(monkeypatch):
     model = tiny_model()
     seen = []

@@ -126,7 +126,8 @@ class ResumedModel:
             model: the original.
             sources: original index of each layer of the edited model.
             at: boundary to resume from; the layers below it must be those of the model that makes the state.
-            patches: position in the edited model -> module that stands there instead of the shared one.
+            patches: position in the edited model -> module that stands there instead of the shared one; below `at` they
+                are part of what made the state, and not run again.
             outside: path -> module that stands there instead of the shared one, elsewhere than in the layers.
             prefix: original index of each layer of the model that makes the state; None: the original makes it.
         """
@@ -138,7 +139,7 @@ class ResumedModel:
         self._skipped = [_Skipped(layers[source], returns_tuple) for source in sources[:at]]
         self.at = at
         self.num_layers = len(sources)
-        self.view = shared_view(model, sources, {**dict(enumerate(self._skipped)), **(patches or {})}, outside)
+        self.view = shared_view(model, sources, {**(patches or {}), **dict(enumerate(self._skipped))}, outside)
 
     def run(
         self,

@@ -76,7 +76,6 @@ class Probe:
         original, *edited = self.losses_of([Plan(model=self.facts, edits=()), *plans])
         return original, edited
 
-    @torch.inference_mode()
     def losses_of(self, plans: Sequence[Plan], first: int = 0, stop: int | None = None) -> list[Tensor]:
         """LM loss of each plan on the held-out windows `first` to `stop`, the original not among them.
 
@@ -93,12 +92,14 @@ class Probe:
             parts = [plans[i : i + size] for i in range(0, len(plans), size)]
             return [means for part in parts for means in self.losses_of(part, first, stop)]
         windows = Windows(input_ids=self.validation.input_ids[first:stop])
+        # not in inference mode yet: a network whose start is fitted by gradients could not be made there
         together = SharedPrefix(self.model, [self._variant(plan) for plan in plans])
         found: list[list[Tensor]] = [[] for _ in plans]
         device = self.model.get_input_embeddings().weight.device
         title = f"held-out loss of {len(plans)} candidates"
         portions = Portions(title, WAY_OUT)
 
+        @torch.inference_mode()
         def means_of(ids: Tensor) -> dict[int, Tensor]:
             return {index: _window_means(logits, ids) for index, logits in together.run({"input_ids": ids})}
 
