@@ -64,6 +64,18 @@ def mlp_width(config: PreTrainedConfig) -> int | None:
     return 4 * text.hidden_size if family and family.width else None  # the default of GPT-2 and its kin
 
 
+def layer_kinds(config: PreTrainedConfig) -> list[tuple[str, ...]]:
+    """What the config says each layer is, beside its number: equal entries are layers of one kind."""
+    text = text_config(config)
+    num_layers, settings = text.num_hidden_layers, vars(text)
+    lists = [settings[key] for key in LIST_KEYS if isinstance(settings.get(key), (list, tuple))]
+    indices = [settings[key] for key in INDEX_KEYS if isinstance(settings.get(key), (list, tuple))]
+    return [
+        (*(str(values[i]) for values in lists if len(values) >= num_layers), *(str(i in found) for found in indices))
+        for i in range(num_layers)
+    ]
+
+
 def edited_config(config: PreTrainedConfig, sources: Sequence[int]) -> PreTrainedConfig:
     """The config of the model whose layer i is a copy of layer `sources[i]` of the model of `config`.
 

@@ -223,6 +223,35 @@ def test_fewer_sentences_at_once_are_as_similar(similarity, after, caplog):
         Trial(probe_of(model), config)
 
 
+@pytest.mark.parametrize("similarity", ["flattened", "tokens"])
+def test_states_of_one_batch_alone_are_kept_and_the_rest_is_run_again(similarity):
+    model, config = gentle_model(), LacoConfig(num_removed=2, combine=2, interval=1, similarity=similarity)
+    one, several = probe_of(model), probe_of(model)
+    several.batch_tokens = 32  # of the 64 tokens of all sentences
+    expected, trial = Trial(one, config), Trial(several, config)
+    assert collapse(trial, config, -1.0) == collapse(expected, config, -1.0)
+    assert [*trial._known.values()] == pytest.approx([*expected._known.values()], rel=1e-6)
+    assert {len(state) for state in (*trial._held.states.values(), trial._held.truth)} == {2}
+    assert len(trial._batches) == 2
+    again = one.cost.layer_tokens + 8 * 32 * trial.num_tried + 8 * 32 - 8 * 64  # the other half, for every candidate
+    assert several.cost.layer_tokens == again
+
+
+def test_layers_of_different_kinds_are_never_merged():
+    model = gentle_model("gemma3_text", seed=1)
+    kinds = model.config.layer_types
+    assert len(set(kinds)) == 2
+    plan = laco(probe_of(model), LacoConfig(num_removed=2, combine=2, interval=1, lowest=0))
+    for edit in plan.edits:
+        assert len(set(kinds[edit.start : edit.stop])) == 1
+    check, turns = find_method("laco").check, tiny_model("gemma2", layer_types=sorted(set(kinds)) * 4)
+    with pytest.raises(ArchitectureError, match=r"\(sliding_attention and full_attention take turns"):
+        check(turns, LacoConfig(num_removed=2))
+    check(model, LacoConfig(num_removed=2))
+    with pytest.raises(PlanError, match="different kinds are not merged"):
+        laco(probe_of(model), LacoConfig(num_removed=7, combine=2, interval=1))
+
+
 def test_a_mixture_of_experts_is_refused_before_anything_is_measured():
     check = find_method("laco").check
     with pytest.raises(ArchitectureError, match="mixture of experts"):

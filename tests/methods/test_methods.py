@@ -6,6 +6,7 @@ from plans import facts_of, tiny_windows
 from tiny import tiny_model
 
 from llm_streamline import methods
+from llm_streamline.arch import find_arch, get_layers, silence
 from llm_streamline.errors import ConfigError, MethodNotFoundError, PlanError
 from llm_streamline.measure.files import Statistics, StatsInfo
 from llm_streamline.measure.probe import Probe
@@ -204,6 +205,40 @@ def test_shortgpt_takes_the_lowest_block_influence_wherever_it_is(model):
     plan = shortgpt(probe, ShortgptConfig(num_removed=3))
     assert plan.edits == (Remove(start=1, stop=3), Remove(start=6, stop=7))
     assert plan.selection.notes[0] == "layer 1: Block Influence 0.1000"
+
+
+def test_shortgpt_says_where_the_first_tokens_decided_and_leaves_protected_layers(model):
+    rest = torch.full((9, 9), 0.5, dtype=torch.float64).fill_diagonal_(1.0)
+    first = rest.clone()
+    for layer, cosine in ((1, 0.60), (4, 0.62), (6, 0.58)):
+        rest[layer, layer + 1] = rest[layer + 1, layer] = cosine
+    first[6, 7] = first[7, 6] = 1.0  # one token in ten: 0.622 over all, 0.58 over the rest
+    probe = probe_with(model, statistics_from(rest, first), no_losses)
+    plan = shortgpt(probe, ShortgptConfig(num_removed=1))
+    assert plan.selection.order == (6,)
+    assert plan.selection.notes[-1] == "without the first tokens of windows: layers 4"
+    plan = shortgpt(probe, ShortgptConfig(num_removed=2, protect_first=2, protect_last=3))
+    assert sorted(plan.selection.order) == [3, 4]
+    assert "without" not in plan.selection.notes[-1]
+    with pytest.raises(PlanError, match="only 3 may"):
+        shortgpt(probe, ShortgptConfig(num_removed=4, protect_first=2, protect_last=3))
+
+
+@pytest.mark.parametrize("name", ["streamline", "uidl", "shortgpt", "prune_comp"])
+def test_what_a_hybrid_cannot_lose_is_passed_over(name):
+    """Silent layers are the best choice of every score, but the only attention must stay: its cache has the length."""
+    kinds = ["conv", "conv", "full_attention", "conv", "conv", "conv"]
+    model = tiny_model("lfm2", num_hidden_layers=6, layer_types=kinds)
+    for layer in (2, 4):
+        silence(get_layers(model)[layer], find_arch(model))
+    sums = CosineStats(6)
+    observe(model, tiny_windows(4), sums, 64, "test")
+    probe = probe_with(model, sums)
+    probe.calibration = tiny_windows(4)
+    found = find_method(name)
+    options = {"iterative": False, "network": Network(kind="scale", init="magnitude")} if name == "prune_comp" else {}
+    plan = found.run(probe, found.config(num_removed=1, verify=0, **options))
+    assert [(edit.start, edit.stop) for edit in plan.edits] == [(4, 5)]
 
 
 def test_shortgpt_puts_nothing_back():

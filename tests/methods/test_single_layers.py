@@ -1,5 +1,6 @@
 """Shortened LLaMA and the metrics of Reassessing: single layers, one shot."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -17,6 +18,7 @@ from llm_streamline.methods.shortened_llama import ShortenedLlamaConfig, shorten
 from llm_streamline.methods.shortgpt import ShortgptConfig, shortgpt
 from llm_streamline.plan import Network, Remove
 from llm_streamline.schema import parse
+from llm_streamline.surgery import apply_plan
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,17 @@ def test_the_tail_cut_keeps_the_first_layers_and_costs_nothing(model, count):
     assert plan.edits == (Remove(start=8 - count, stop=8),)
     assert plan.selection.order == tuple(range(7, 7 - count, -1))
     assert probe.forward_passes == 0
+
+
+@torch.no_grad()
+def test_the_tail_cut_is_the_checkpoint_read_with_a_shorter_config(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    shorter = copy.deepcopy(model.config)
+    shorter.num_hidden_layers = 5
+    loaded = type(model).from_pretrained(tmp_path, config=shorter)  # the rest of the file is ignored
+    edited, ids = copy.deepcopy(model), tiny_windows(2).input_ids.long()
+    apply_plan(edited, by_metric(probe_of(model), 3, "tail"))
+    assert torch.equal(edited(ids, use_cache=False).logits, loaded(ids, use_cache=False).logits)
 
 
 def test_random_is_decided_by_the_seed_and_favours_nobody(model):

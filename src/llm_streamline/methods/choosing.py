@@ -10,7 +10,7 @@ from llm_streamline.errors import ArchitectureError, PlanError
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import bootstrap_mean_difference
 from llm_streamline.plan import Margin, ModelFacts, Network, Plan, Remove, Replace, templates_for
-from llm_streamline.spans import Span, runs
+from llm_streamline.spans import Span, runs, spans_of_length
 
 _MOST_NETWORKS = 8  # candidates' networks in memory at a time
 
@@ -121,6 +121,16 @@ def tried(probe: Probe, plans: Sequence[Plan]) -> Trial:
     order = sorted(range(len(plans)), key=lambda i: float(losses[i].mean()))
     margin = loss_margin(losses[order[0]], losses[order[1]], probe.seed) if len(order) > 1 else None
     return Trial(order, original, losses, margin)
+
+
+def possible_spans(probe: Probe, network: Network | None, length: int) -> list[Span]:
+    """Spans of `length` layers that this architecture can lose to the network, or to nothing; shallow first.
+
+    Raises:
+        ArchitectureError: if there is none.
+    """
+    found = [span for span in spans_of_length(length, probe.facts.num_layers) if span[0] >= lowest_start(network)]
+    return [found[index] for index in sound(probe, [spans_plan(probe.facts, network, [span]) for span in found])]
 
 
 def untried(count: int, margin: Margin | None) -> Trial:

@@ -11,9 +11,10 @@ That code does not compute the equation: it subtracts the accumulator, already c
 telescopes and leaves the last layer's weights under the first layer's norms. Which of the two made the published tables
 is unknown; `mode: reference_bug` is what the code does, `mode: rdsc` what the paper says. For two layers they agree.
 
-We depart in three ways: the threshold is searched so that the wished number of layers leaves (the last merge may be
-smaller for it), biases are merged too, and no model is copied: a candidate shares all weights with the original but
-its merged layers. Letters: L layers, B sentences, T tokens, d width.
+We depart in four ways: the threshold is searched so that the wished number of layers leaves (the last merge may be
+smaller for it), biases are merged too, layers of different kinds (sliding and full attention, with and without rotary
+positions) are never merged, and no model is copied: a candidate shares all weights with the original but its merged
+layers. Letters: L layers, B sentences, T tokens, d width.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 from llm_streamline.arch import find_arch
 from llm_streamline.data.windows import Windows
-from llm_streamline.errors import PlanError
+from llm_streamline.errors import ArchitectureError, PlanError
+from llm_streamline.layer_config import layer_kinds
 from llm_streamline.measure.partial import ResumedModel, run_tapped
 from llm_streamline.measure.probe import Probe
 from llm_streamline.memory_limits import Portions
@@ -67,8 +69,18 @@ class LacoConfig(MethodConfig):
 
 
 def _check_model(model: nn.Module, config: LacoConfig) -> None:
-    num_layers = find_arch(model).num_layers
-    check_mergeable(model, range(config.lowest, min(config.highest or num_layers, num_layers)))
+    arch, kinds = find_arch(model), layer_kinds(model.config)
+    layers = range(config.lowest, min(config.highest or arch.num_layers, arch.num_layers))
+    check_mergeable(model, layers)
+    if len(layers) > 1 and all(kinds[i] != kinds[i + 1] for i in layers[:-1]):
+        raise ArchitectureError(
+            f"no two neighbouring layers of this {arch.model_type} are of one kind ({_named(kinds, layers)} take "
+            "turns), and layers of different kinds cannot be merged"
+        )
+
+
+def _named(kinds: list[tuple[str, ...]], layers: range) -> str:
+    return " and ".join(dict.fromkeys("/".join(kinds[i]) for i in layers))
 
 
 @dataclass(frozen=True)
@@ -147,11 +159,22 @@ def collapse(trial: "Trial", config: LacoConfig, threshold: float) -> list[Group
     return groups
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What the original made of one batch of sentences."""
+
+    number: int
+    first: int  # the batch's first sentence
+    states: dict[int, Tensor]  # boundary -> (B, T, d)
+    truth: Tensor  # what its head would see, see `Trial._represent`
+
+
 class Trial:
     """Similarity of edited models to the original on a few sentences, each edited model being looked at once.
 
-    The states of the original on these sentences are kept, so that only what lies above a merge has to run. Sentences
-    are run together while memory suffices, then fewer at a time.
+    The states of the original on one batch of sentences are kept, so that only what lies above a merge has to run;
+    where the sentences are more than a batch, the original runs again on the others. Sentences of a batch are run
+    together while memory suffices, then fewer at a time.
     """
 
     def __init__(self, probe: Probe, config: LacoConfig):
@@ -165,10 +188,15 @@ class Trial:
         self.num_tokens = ids.numel()
         self._known: dict[tuple[Group, ...], float] = {tuple(Group(i, i + 1) for i in range(self.num_layers)): 1.0}
         self._merged: dict[Group, nn.Module] = {}
-        parts = self._portions.run(self._ids, self._original)
-        probe.cost.forward(self.num_layers, self.num_tokens)
-        self._truth = torch.cat([truth for _, truth in parts])
-        self._states = {b: torch.cat([states.pop(b) for states, _ in parts]) for b in range(self.num_layers)}
+        self._kinds = layer_kinds(self.model.config)
+        each = max(1, probe.batch_tokens // ids.shape[1])
+        self._batches = [range(start, min(start + each, len(ids))) for start in range(0, len(ids), each)]
+        self._held = self._of_original(0)
+
+    @property
+    def limits(self) -> str:
+        """What keeps layers apart, for a message."""
+        return " (layers of different kinds are not merged)" if len(set(self._kinds)) > 1 else ""
 
     @property
     def num_tried(self) -> int:
@@ -179,14 +207,37 @@ class Trial:
     def similarity(self, groups: list[Group]) -> float:
         """Mean over sentences of the cosine between the original's output and the edited model's, in [-1, 1]."""
         key = tuple(groups)
-        if key not in self._known and self._probe.obstacle(_plan(self._probe, groups)):
-            self._known[key] = -1.0  # a hybrid that would lose its last layer of a kind: never above any threshold
+        if key not in self._known and self._is_impossible(groups):
+            self._known[key] = -1.0  # never above any threshold
         if key not in self._known:
             resumed = self._edited(groups)
-            cosines = self._portions.run(range(len(self._ids)), partial(self._cosines, resumed))
-            self._probe.cost.forward(resumed.num_layers - resumed.at, self.num_tokens)
-            self._known[key] = float(torch.cat(cosines).mean())
+            cosines: dict[int, list[Tensor]] = {}
+            for number in sorted(range(len(self._batches)), key=lambda number: number != self._held.number):
+                if number != self._held.number:
+                    self._held = None  # let go before the next ones are made
+                    self._held = self._of_original(number)
+                batch = self._batches[number]
+                cosines[number] = self._portions.run(batch, partial(self._cosines, resumed, self._held))
+                num_tokens = len(batch) * self._ids.shape[1]
+                self._probe.cost.forward(resumed.num_layers - resumed.at, num_tokens)
+            self._known[key] = float(torch.cat([part for _, parts in sorted(cosines.items()) for part in parts]).mean())
         return self._known[key]
+
+    def _is_impossible(self, groups: list[Group]) -> bool:
+        """Whether a group mixes kinds, or a hybrid would lose its last layer of a kind."""
+        mixed = any(len(set(self._kinds[group.start : group.stop])) > 1 for group in groups)
+        return mixed or self._probe.obstacle(_plan(self._probe, groups)) is not None
+
+    @torch.inference_mode()
+    def _of_original(self, number: int) -> "_Held":
+        """The original on one batch of sentences."""
+        batch = self._batches[number]
+        ids = self._ids[batch.start : batch.stop]
+        parts = self._portions.run(ids, self._original)
+        self._probe.cost.forward(self.num_layers, ids.numel())
+        truth = torch.cat([truth for _, truth in parts])
+        states = {b: torch.cat([states.pop(b) for states, _ in parts]) for b in range(self.num_layers)}
+        return _Held(number, batch.start, states, truth)
 
     @torch.inference_mode()
     def _original(self, ids: Tensor) -> tuple[dict[int, Tensor], Tensor]:
@@ -194,13 +245,13 @@ class Trial:
         states, _ = run_tapped(self.model, {"input_ids": ids}, range(self.num_layers), stop=self.num_layers)
         return states, self._represent(self.model, states.pop(self.num_layers))
 
-    def _cosines(self, resumed: ResumedModel, numbers: range) -> Tensor:
-        """Of some sentences, by their numbers: (B,) for `flattened`, (B, T) for `tokens`."""
-        rows = slice(numbers.start, numbers.stop)
-        inputs, entering = {"input_ids": self._ids[rows]}, self._states[resumed.at][rows]
+    def _cosines(self, resumed: ResumedModel, held: "_Held", numbers: range) -> Tensor:
+        """Of some sentences of the batch held, by their numbers: (B,) for `flattened`, (B, T) for `tokens`."""
+        rows = slice(numbers.start - held.first, numbers.stop - held.first)
+        inputs, entering = {"input_ids": self._ids[numbers.start : numbers.stop]}, held.states[resumed.at][rows]
         states, _ = resumed.run(inputs, entering, stop=resumed.num_layers)
         found = self._represent(resumed.view, states[resumed.num_layers])
-        return nn.functional.cosine_similarity(found, self._truth[rows], dim=-1)
+        return nn.functional.cosine_similarity(found, held.truth[rows], dim=-1)
 
     def _edited(self, groups: list[Group]) -> ResumedModel:
         wanted = {group: place for place, group in enumerate(groups) if group.stop - group.start > 1}
@@ -228,7 +279,7 @@ def _search_threshold(trial: Trial, config: LacoConfig) -> tuple[float, list[Gro
         raise PlanError(
             f"folding {config.combine} layers at a time between {config.lowest} and "
             f"{config.highest or trial.num_layers}, every {config.interval}, takes at most {_num_removed(best)} of the "
-            f"wished {config.num_removed} layers away; raise combine, lower interval or widen the range"
+            f"wished {config.num_removed} layers away{trial.limits}; raise combine, lower interval or widen the range"
         )
     while high - low > _THRESHOLD_STEP:
         middle = (low + high) / 2

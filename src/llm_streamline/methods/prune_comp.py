@@ -2,7 +2,8 @@
 
 After each removal the state at the cut is multiplied by the mean ratio of its norm behind the layer to that before it,
 which changes the scores of the layers that are left; so the next one is scored on the compensated model (`iterative`).
-The score is Block Influence. The factors are folded into stock weights, exactly but for the norms' epsilon: the paper
+The score is Block Influence. Where a cut grows, its one factor is taken anew, against the original's state behind it.
+The factors are folded into stock weights, exactly but for the norms' epsilon: the paper
 multiplies embedding and projections below the cut, we divide the projections above it, which is the same function and
 leaves the embedding (and a head tied to it) as it is; see `replacements/stream.py`. Where layers read the stream
 without a norm, the factor goes out with modelling code.
@@ -21,8 +22,9 @@ from llm_streamline.measure.stats import CosineStats
 from llm_streamline.measure.stream import observe
 from llm_streamline.methods.choosing import require_network, spans_plan
 from llm_streamline.methods.registry import MethodConfig, method
+from llm_streamline.methods.single_layers import first_possible, ranked_layers
 from llm_streamline.plan import Plan, Selection
-from llm_streamline.spans import lowest, runs
+from llm_streamline.spans import runs
 from llm_streamline.surgery import shared_view
 
 
@@ -60,7 +62,7 @@ def prune_comp(probe: Probe, config: PruneCompConfig) -> Plan:
             notes.append(f"layer {layer}: Block Influence {scores[layer]:.4f} when it left")
     else:
         scores = block_influence(probe.statistics().similarity).tolist()
-        removed = [i + 1 for i in lowest(scores[1:], config.num_removed)]
+        removed = sorted(first_possible(probe, ranked_layers(dict(enumerate(scores[1:], 1))), config.num_removed))
         notes = [f"layer {i}: Block Influence {scores[i]:.4f}" for i in removed]
     selection = Selection(method="prune_comp", target="", convention="", notes=tuple(notes))
     return _plan(probe, config, removed).model_copy(update={"selection": selection})

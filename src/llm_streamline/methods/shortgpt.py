@@ -1,35 +1,49 @@
-"""ShortGPT (Men et al. 2024, arXiv:2403.03853): remove the layers that change the hidden state least."""
+"""ShortGPT (Men et al. 2024, arXiv:2403.03853): remove the layers that change the hidden state least.
 
-from pydantic import model_validator
+All leave at once, by one pass; of equal scores the deeper layer. Layers at both ends may be protected. Where the first
+tokens of windows, whose massive activations look the same in every middle layer, decide the choice, the plan says what
+the other tokens would have chosen.
+"""
+
+from pydantic import Field, NonNegativeInt, model_validator
 
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import block_influence
-from llm_streamline.methods.choosing import layers_plan, refuse_network
+from llm_streamline.methods.choosing import layers_plan, refuse_network, unprotected
 from llm_streamline.methods.registry import MethodConfig, method
+from llm_streamline.methods.single_layers import first_possible, ranked_layers
 from llm_streamline.plan import Plan, Selection
-from llm_streamline.spans import lowest
 
 
 class ShortgptConfig(MethodConfig):
-    """No options of its own."""
+    """What stays. `verify` is not used."""
+
+    protect_first: NonNegativeInt = Field(0, description="layers at the beginning that stay")
+    protect_last: NonNegativeInt = Field(0, description="layers at the end that stay")
 
     @model_validator(mode="after")
     def _check(self) -> "ShortgptConfig":
         refuse_network("shortgpt", self.network)
         return self
 
+    def check_fits(self, num_layers: int) -> None:
+        """Refuse more layers than are not protected."""
+        super().check_fits(num_layers)
+        unprotected(num_layers, self.num_removed, self.protect_first, self.protect_last)
+
 
 @method(paper="arXiv:2403.03853", config=ShortgptConfig, replacement={"kind": "none"})
 def shortgpt(probe: Probe, config: ShortgptConfig) -> Plan:
     """Single layers with the lowest Block Influence, one shot; nothing is put in their place."""
+    config.check_fits(probe.facts.num_layers)
+    free = unprotected(probe.facts.num_layers, config.num_removed, config.protect_first, config.protect_last)
     statistics = probe.statistics()
     scores_L = block_influence(statistics.similarity).tolist()
-    layers = lowest(scores_L, config.num_removed)
-    selection = Selection(
-        method="shortgpt",
-        target="",
-        convention="",
-        order=tuple(sorted(layers, key=lambda i: (scores_L[i], -i))),
-        notes=tuple(f"layer {i}: Block Influence {scores_L[i]:.4f}" for i in layers),
-    )
+    layers = first_possible(probe, ranked_layers({i: scores_L[i] for i in free}), config.num_removed)
+    notes = [f"layer {i}: Block Influence {scores_L[i]:.4f}" for i in sorted(layers)]
+    rest_L = block_influence(statistics.similarity_rest).tolist()
+    others = first_possible(probe, ranked_layers({i: rest_L[i] for i in free}), config.num_removed)
+    if set(others) != set(layers):
+        notes.append(f"without the first tokens of windows: layers {', '.join(map(str, sorted(others)))}")
+    selection = Selection(method="shortgpt", target="", convention="", order=tuple(layers), notes=tuple(notes))
     return layers_plan(probe.facts, layers).model_copy(update={"selection": selection})

@@ -67,6 +67,26 @@ def _losses(probe: Probe, layers: Sequence[int]) -> LayerScores:
     return LayerScores("held-out loss without it", values, losses, True)
 
 
+def ranked_layers(scores: dict[int, float]) -> list[int]:
+    """Layers by ascending score; of equal scores the deeper layer is first."""
+    return sorted(scores, key=lambda layer: (scores[layer], -layer))
+
+
+def first_possible(probe: Probe, ranked: Sequence[int], count: int) -> list[int]:
+    """The first `count` of ranked layers that this architecture can lose together, in the order of the ranking.
+
+    Raises:
+        PlanError: if they are fewer.
+    """
+    chosen: list[int] = []
+    for layer in ranked:
+        if len(chosen) < count and probe.obstacle(layers_plan(probe.facts, [*chosen, layer])) is None:
+            chosen.append(layer)
+    if len(chosen) < count:
+        raise PlanError(f"only {len(chosen)} layers can be removed from this model together; {count} were asked for")
+    return chosen
+
+
 def remove_lowest(probe: Probe, scores: LayerScores, count: int, method: str, notes: Sequence[str] = ()) -> Plan:
     """The plan that removes the `count` lowest layers at once; of equal scores the deeper layer is taken.
 
@@ -75,13 +95,8 @@ def remove_lowest(probe: Probe, scores: LayerScores, count: int, method: str, no
     Raises:
         PlanError: if fewer than `count` can be removed.
     """
-    ranked = sorted(scores.values, key=lambda layer: (scores.values[layer], -layer))
-    chosen: list[int] = []
-    for layer in ranked:
-        if len(chosen) < count and probe.obstacle(layers_plan(probe.facts, [*chosen, layer])) is None:
-            chosen.append(layer)
-    if len(chosen) < count:
-        raise PlanError(f"only {len(chosen)} layers can be removed from this model together; {count} were asked for")
+    ranked = ranked_layers(scores.values)
+    chosen = first_possible(probe, ranked, count)
     kept = next((layer for layer in ranked if layer not in chosen), None)
     selection = Selection(
         method=method,

@@ -5,6 +5,7 @@ best few are tried by held-out LM loss, and half of these few are the best of th
 a massive activation; the mean cosine alone is known to pick spans that collapse (specifications: 6.4, findings 1).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from pydantic import Field
 from llm_streamline.measure.files import Statistics
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import bootstrap_mean_difference
-from llm_streamline.methods.choosing import lowest_start, spans_plan, tried, untried
+from llm_streamline.methods.choosing import possible_spans, spans_plan, tried, untried
 from llm_streamline.methods.registry import MethodConfig, method
 from llm_streamline.plan import Candidate, Margin, Network, Plan, Selection, templates_for
 from llm_streamline.spans import Span, interleave, ranked_spans, spans_of_length
@@ -32,7 +33,7 @@ def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
     """Contiguous span with the highest mean cosine between its input and output, verified by held-out loss."""
     config.check_fits(probe.facts.num_layers)
     statistics = probe.statistics()
-    spans = candidate_spans(statistics, config, lowest_start(config.network))
+    spans = candidate_spans(statistics, config, possible_spans(probe, config.network, config.num_removed))
     plans = [spans_plan(probe.facts, config.network, [span]) for span in spans]
     similarity = statistics.similarity
     if config.verify and len(plans) > 1:
@@ -64,15 +65,15 @@ def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
     return plans[best].model_copy(update={"selection": selection})
 
 
-def candidate_spans(statistics: Statistics, config: StreamlineConfig, lowest_start: int = 0) -> list[Span]:
-    """The spans worth trying, best first; none of them starts before `lowest_start`.
+def candidate_spans(statistics: Statistics, config: StreamlineConfig, possible: Sequence[Span]) -> list[Span]:
+    """The spans worth trying, best first, out of the `possible` ones.
 
     A span that holds a layer which makes a massive activation costs the model that activation, which a mean over tokens
     cannot show. So spans that keep all such layers, or start a replacement from them, are ranked by themselves as well.
     """
     count = max(config.verify, 1)
     ranked = ranked_spans(statistics.similarity.tolist(), config.num_removed)
-    ranked = [span for span in ranked if span[0] >= lowest_start]
+    ranked = [span for span in ranked if span in possible]
     if config.candidates == "mean" or count == 1:
         return ranked[:count]
     massive = statistics.massive_layers

@@ -15,10 +15,10 @@ from llm_streamline.errors import PlanError
 from llm_streamline.measure.angular import AngularStats
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import bootstrap_mean_difference
-from llm_streamline.methods.choosing import lowest_start, spans_plan, tried, untried
+from llm_streamline.methods.choosing import lowest_start, possible_spans, spans_plan, tried, untried
 from llm_streamline.methods.registry import MethodConfig, method
 from llm_streamline.plan import Candidate, Margin, Plan, Selection
-from llm_streamline.spans import Span, spans_of_length
+from llm_streamline.spans import Span
 
 
 class UidlConfig(MethodConfig):
@@ -49,7 +49,7 @@ def uidl(probe: Probe, config: UidlConfig) -> Plan:
     angles = AngularStats(num_layers)
     probe.observe(angles, "measuring angles")
     distance = angles.distance
-    spans = [s for s in spans_of_length(length, num_layers) if s[0] >= lowest_start(config.network)]
+    spans = possible_spans(probe, config.network, length)
     spans.sort(key=lambda span: (float(distance[span]), span[0]))
     runner_up = spans[1] if len(spans) > 1 else None
     spans = spans[: max(config.verify, 1)]
