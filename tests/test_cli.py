@@ -181,6 +181,7 @@ SMALL = ["--seq-len", 32, "--calibration-tokens", 64, "--train-tokens", 64]
         (["--span", "4"], "a span is written START:STOP"),
         (["--span", "3:3"], "is empty"),
         (["--span", "3:4"], "does not make a smaller model"),
+        (["--span", "0:4", "--replacement", "linear"], "no layer is before the span 0:4; begin it at layer 1 or later"),
         (["--seq-len", 1000], "longer than the model's 256 positions"),
         (["--seq-len", 1], "seq_len"),
         (["--text", "missing.txt"], "missing.txt"),

@@ -73,8 +73,17 @@ def _cost(model: torch.nn.Module, target: Target) -> Cost:
 
 
 def check_span(recipe: Recipe, num_layers: int) -> tuple[int, int]:
-    """Layers that leave and come back with the span given by hand."""
+    """Layers that leave and come back with the span given by hand.
+
+    Raises:
+        PlanError: if the model does not get smaller, or a correction has no layer before the span to stand behind.
+    """
     span, network = recipe.selection.span, recipe.replacement.network()
+    if network and network.follows_a_layer and span[0] == 0:
+        raise PlanError(
+            f"a {network.kind} corrects what the layer before the span puts out, and no layer is before the span "
+            f"{span[0]}:{span[1]}; begin it at layer 1 or later, or put a layer, an ffn or nothing in its place"
+        )
     removed, added = span[1] - span[0], network.num_layers_added if network else 0
     if span[1] > num_layers or removed - added < 1 or num_layers - removed + added < 1:
         raise PlanError(
