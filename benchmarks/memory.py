@@ -18,7 +18,9 @@ other than 7b to `memory-SHAPE.json`.
 
 import argparse
 import json
+import random
 import shutil
+import string
 import sys
 import tempfile
 import time
@@ -140,14 +142,28 @@ def streamed_pass(folder: Path, shape: str, tokens: int) -> dict:
 def tokens_seen(folder: Path, _shape: str, _tokens: int) -> dict:
     peaks = {}
     folder.mkdir(parents=True, exist_ok=True)
+    text = _write_text(
+        folder / "text.jsonl", 1_300_000
+    )  # the same file for both: `builtin` imports the more, the longer
     for count in (50_000, 1_000_000):
-        command = [sys.executable, __file__, "--child", "tokens", str(folder / f"windows-{count}"), str(count)]
+        windows = folder / f"windows-{count}"
+        command = [sys.executable, __file__, "--child", "tokens", str(windows), str(count), str(text)]
         run = watch(command, folder / f"tokens-{count}.log")
         if run.returncode:
             raise SystemExit(run.output[-2000:])
         peaks[count] = run.peak_bytes
     ratio = peaks[1_000_000] / peaks[50_000]
     return {"peak_bytes": peaks, "ratio": ratio, "target": _TOKENS_TARGET, "ok": ratio <= _TOKENS_TARGET}
+
+
+def _write_text(path: Path, num_words: int) -> Path:
+    """Documents of 400 words drawn from a few hundred; a word is a token or more."""
+    rng = random.Random(0)
+    vocabulary = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(500)]
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(num_words // 400):
+            file.write(json.dumps({"text": " ".join(rng.choices(vocabulary, k=400))}) + "\n")
+    return path
 
 
 def _cli(folder: Path, name: str, command: str, *options: object) -> dict:
@@ -232,7 +248,7 @@ def _save_child(model: str, plan: str, out: str) -> dict:
     return {}
 
 
-def _tokens_child(folder: str, tokens: str) -> dict:
+def _tokens_child(folder: str, tokens: str, text: str) -> dict:
     """Windows for so many tokens, then a few steps on batches from all over them."""
     import torch
 
@@ -244,7 +260,7 @@ def _tokens_child(folder: str, tokens: str) -> dict:
     from llm_streamline.stages.windows import make_windows
     from llm_streamline.training.student import Student
 
-    recipe = load_recipe(None, {"training.tokens": tokens, "training.objective": "mse"})
+    recipe = load_recipe(None, {"training.tokens": tokens, "training.objective": "mse", "text.sources": [text]})
     loaded = load_original(resolve_model("demo"), recipe)
     windows = make_windows(loaded, recipe, ("train",), Path(folder))["train"]
     edit = Replace(start=12, stop=19, network=Network(kind="layer"), templates=(12,))

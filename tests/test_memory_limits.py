@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from scarcity import no_memory, room_for
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llm_streamline import memory_limits
 from llm_streamline.errors import OutOfMemoryError
 from llm_streamline.measure import stats
 from llm_streamline.measure.angular import AngularStats
@@ -24,6 +26,7 @@ from llm_streamline.replacements.build import build_replacements
 from llm_streamline.replacements.closed_form import Moments
 from llm_streamline.replacements.fits import FitSettings, fit
 from llm_streamline.replacements.starts import quick_start, set_start
+from llm_streamline.runtime import own_memory_bytes
 from llm_streamline.training.begin import StartSettings, begin
 from llm_streamline.training.states import StateRequest, cached_states
 
@@ -275,3 +278,14 @@ def test_cached_states_are_those_of_every_window(tmp_path):
             states = cached_states(model, WINDOWS, request, tmp_path / str(most), 8 * SEQ_LEN)
         found.append(torch.stack([states[i]["targets"] for i in range(10)]))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the process's own memory is read from /proc")
+def test_what_is_freed_goes_back_to_the_system():
+    pieces = [bytes(1000 + i % 7) for i in range(100_000)]  # small ones, which an allocator keeps when they are freed
+    kept = pieces[::1000]
+    held = own_memory_bytes()
+    del pieces
+    memory_limits.free_memory()
+    assert held - own_memory_bytes() > 50e6
+    assert len(kept) == 100

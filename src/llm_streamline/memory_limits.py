@@ -1,8 +1,11 @@
 """When memory ends: telling it from other errors, giving back what can be given back, going on with less at once."""
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -29,6 +32,17 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if trim := _trimmer():
+        trim(0)
+
+
+@cache
+def _trimmer() -> Callable[[int], int] | None:
+    """What makes glibc's allocator give freed pages back; None elsewhere."""
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim if sys.platform == "linux" else None
+    except (OSError, AttributeError):  # musl
+        return None
 
 
 class BatchTooLarge(Exception):

@@ -15,7 +15,7 @@ from llm_streamline.data.splits import SEEDED_ROLES, role_of
 from llm_streamline.data.text import TextSource
 
 _MIN_BATCH_CHARACTERS = 50_000  # enough documents at once to keep a fast tokenizer's threads busy
-_MAX_BATCH_CHARACTERS = 2_000_000
+_MAX_BATCH_CHARACTERS = 400_000  # what a tokenizer hands back takes many times the memory of the text
 _CHARACTERS_PER_TOKEN = 5  # a guess on the high side; only the size of batches depends on it
 
 

@@ -8,6 +8,7 @@ from llm_streamline.config import Recipe
 from llm_streamline.data.prepare import WindowNeed, prepare_windows
 from llm_streamline.data.windows import Windows, check_disjoint
 from llm_streamline.logs import get_logger
+from llm_streamline.memory_limits import free_memory
 from llm_streamline.sources import LoadedModel
 
 log = get_logger()
@@ -33,6 +34,7 @@ def make_windows(
         for first, second in combinations(made.values(), 2):
             check_disjoint(first, second)
         kept.append(made)
+        free_memory()  # reading and cutting text leaves much freed that the allocator would hold on to
         return made if folder is None else None  # what lies in the folder need not be sent
 
     kept: list[dict[str, Windows]] = []
