@@ -304,7 +304,9 @@ class Recipe(FrozenModel):
     """One whole run of `compress`."""
 
     seed: NonNegativeInt = 0
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:N or mps; cuda:0,cuda:1 spreads the layers over several"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="arithmetic and saved weights; auto: the checkpoint's own"
     )

@@ -186,7 +186,9 @@ def _float32_fits(model: "PreTrainedModel") -> bool:
     if is_streamed(model):
         return False  # there is a limit of memory
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
-    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    free = (
+        torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    )
     return needed < 0.7 * free
 
 

@@ -52,14 +52,20 @@ def check_dtype_name(name: str) -> str:
 
 
 def check_device_name(name: str) -> str:
-    """Return `name` if it is auto, cpu, cuda, cuda:<number> or mps; whether the device is there is not looked at.
+    """Return `name` if it is auto, cpu, cuda, cuda:<number> or mps, or several cuda:<number> with commas between them.
+
+    Whether the devices are there is not looked at.
 
     Raises:
         ConfigError: otherwise; the message offers the nearest name.
     """
-    if name not in DEVICE_NAMES and not re.fullmatch(r"cuda:\d{1,3}", name):
+    several = name.split(",")
+    if len(several) != len(set(several)):
+        raise ConfigError(f"device {name} names a device twice; name each that the layers are to be spread over once")
+    if name not in DEVICE_NAMES and not all(re.fullmatch(r"cuda:\d{1,3}", one) for one in several):
         raise ConfigError(
-            f"unknown device {name!r}: {_nearest(name, DEVICE_NAMES)}known are {', '.join(DEVICE_NAMES)}, cuda:<number>"
+            f"unknown device {name!r}: {_nearest(name, DEVICE_NAMES)}known are {', '.join(DEVICE_NAMES)}, "
+            "cuda:<number>, or several of these as cuda:0,cuda:1"
         )
     return name
 
@@ -79,14 +85,28 @@ def pick_dtype(name: str, own: "torch.dtype | None" = None) -> "torch.dtype":
 
 
 def pick_device(name: str = "auto") -> "torch.device":
-    """Turn a device's name into a device that is there; `auto` takes cuda, then mps, then cpu.
+    """Turn a device's name into a device that is there, of several names the first; see `pick_devices`."""
+    return pick_devices(name)[0]
+
+
+def pick_devices(name: str = "auto") -> "list[torch.device]":
+    """Turn a name into the devices that a model is spread over, nearly always one.
+
+    `auto` takes cuda, then mps, then cpu.
 
     Raises:
         ConfigError: unknown name, or no such device on this machine.
     """
+    check_device_name(name)
+    several = name.split(",")
+    if len(several) > 1 and ranks.world_size() > 1:
+        raise ConfigError(f"each of several processes takes a device of its own: use --device cuda, not {name}")
+    return [_pick_one(one) for one in several]
+
+
+def _pick_one(name: str) -> "torch.device":
     import torch
 
-    check_device_name(name)
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -124,7 +144,7 @@ class PeakMemory:
     """Highest memory since the last `reset_peak_memory`, in bytes."""
 
     host_bytes: int  # resident set of this process, memory-mapped weights included
-    device_bytes: int  # allocated by torch on the accelerator; 0 on CPU
+    device_bytes: int  # allocated by torch on its accelerators, each at its own peak; 0 on CPU
 
 
 def reset_peak_memory() -> bool:
@@ -136,8 +156,9 @@ def reset_peak_memory() -> bool:
     if "torch" in sys.modules:
         import torch
 
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_initialized():  # before that the allocator knows no device, and says so with an error
+            for number in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(number)
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # proc(5): reset the peak resident set size
@@ -152,8 +173,7 @@ def peak_memory() -> PeakMemory:
     if "torch" in sys.modules:
         import torch
 
-        if torch.cuda.is_available():
-            device_bytes = torch.cuda.max_memory_allocated()
+        device_bytes = sum(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
     return PeakMemory(host_bytes=_peak_host_bytes(), device_bytes=device_bytes)
 
 

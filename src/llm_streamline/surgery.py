@@ -17,6 +17,7 @@ from llm_streamline.errors import ArchitectureError, PlanError
 from llm_streamline.layer_config import LIST_KEYS, check_sources, edited_config, text_config
 from llm_streamline.merging import merged_layers
 from llm_streamline.silencing import silences
+from llm_streamline.spread import follow_weights, is_spread
 
 
 def apply_plan(model: PreTrainedModel, plan) -> list[int]:
@@ -129,6 +130,9 @@ def shared_view(
     copied = {""}
     for path in (arch.layers, *(outside or ())):
         _copy_way(view, path, copied, configs)
+    if is_spread(model):
+        for module in (*replacements.values(), *(outside or {}).values()):
+            follow_weights(module)
     for path, module in (outside or {}).items():
         owner, _, name = path.rpartition(".")
         view.get_submodule(owner)._modules[name] = module

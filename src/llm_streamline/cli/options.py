@@ -113,7 +113,12 @@ TrainableOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", rich_help_panel=_RUN)]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_RUN)
+    str | None,
+    typer.Option(
+        "--device",
+        help="auto, cpu, cuda, cuda:N or mps; cuda:0,cuda:1 spreads the layers over several.",
+        rich_help_panel=_RUN,
+    ),
 ]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_RUN)

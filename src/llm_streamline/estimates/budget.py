@@ -168,6 +168,8 @@ def fit(source: "ModelSource", recipe: Recipe, stages: Sequence[str], base: int 
     limit = memory_limit(recipe.max_memory, recipe.device)
     if limit is None:
         return None
+    if "," in recipe.device:
+        raise ConfigError(f"--max-memory runs layers on one device, --device {recipe.device} names several: drop one")
     if recipe.quantization != "none":
         raise ConfigError(
             f"--max-memory reads layers as they are in the files, quantization: {recipe.quantization} packs them in "

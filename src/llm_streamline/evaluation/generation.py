@@ -120,7 +120,9 @@ def generate_texts(
     portions = Portions("generation", "lower evaluation.max_new_tokens", unit="prompts")
     texts: dict[tuple[int, int], Continuation] = {}
     ends = _end_tokens(model, tokenizer)
-    with progress_bar("generation", len(batches) * (samples + 1)) as bar, torch.random.fork_rng(), quiet_transformers():
+    own = [model.device] if model.device.type == "cuda" else []
+    bar = progress_bar("generation", len(batches) * (samples + 1))
+    with bar as bar, torch.random.fork_rng(own), quiet_transformers():
         torch.manual_seed(seed)
         for turn in range(samples + 1):
             write = partial(

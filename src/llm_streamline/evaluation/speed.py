@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ def time_in_turns(models: list[nn.Module], setup: SpeedSetup) -> list[Timings]:
 @torch.inference_mode()
 def _time_once(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     device = model.get_input_embeddings().weight.device
-    wait = _synchroniser(device)
+    wait = _synchroniser({parameter.device for parameter in model.parameters()})
     prompt = prompt.to(device)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     wait()
@@ -101,15 +102,21 @@ def _on_cuda(model: nn.Module) -> bool:
 
 def _memory_now(model: nn.Module) -> int:
     """Bytes in use where the model runs: on its accelerator, else by the whole process."""
-    return torch.cuda.memory_allocated() if _on_cuda(model) else current_memory_bytes()
+    if not _on_cuda(model):
+        return current_memory_bytes()
+    return sum(torch.cuda.memory_allocated(number) for number in range(torch.cuda.device_count()))
 
 
-def _synchroniser(device: torch.device) -> Callable[[], None]:
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    if device.type == "mps":
-        return torch.mps.synchronize
-    return lambda: None
+def _synchroniser(devices: set[torch.device]) -> Callable[[], None]:
+    """What waits until all of a model's devices have done what they were given."""
+    waits = [partial(torch.cuda.synchronize, device) for device in devices if device.type == "cuda"]
+    waits += [torch.mps.synchronize for device in devices if device.type == "mps"]
+
+    def wait() -> None:
+        for one in waits:
+            one()
+
+    return wait
 
 
 def speed_result(timings: Timings, setup: SpeedSetup) -> SpeedResult:

@@ -75,4 +75,4 @@ class _MeanLoss(torch.autograd.Function):
 def _pieces(logits: Tensor, other: Tensor):
     budget = _PIECE_ELEMENTS if logits.device.type == "cpu" else _PIECE_ELEMENTS_DEVICE
     size = max(1, budget // logits.shape[-1])
-    return zip(logits.split(size), other.split(size), strict=True)
+    return zip(logits.split(size), other.to(logits.device).split(size), strict=True)

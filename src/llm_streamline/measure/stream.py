@@ -64,7 +64,7 @@ def observe(model: nn.Module, windows: Windows, observer: Observer, batch_tokens
                 states, _ = run_tapped(model, some, boundaries, stop=boundaries[-1])
                 if mine:
                     with _whole_or_not_at_all(observer):
-                        observer.update([states[b] for b in boundaries], None, start + rows.start)
+                        observer.update([states[b].to(device) for b in boundaries], None, start + rows.start)
 
             portions.run(range(len(ids)), feed)
             bar.advance(len(ids) * (ranks.world_size() if shared else 1))

@@ -13,6 +13,7 @@ from llm_streamline.replacements.layer import LayerReplacement, SilencedLayerRep
 from llm_streamline.replacements.linear import LinearReplacement
 from llm_streamline.replacements.mlp import MlpReplacement
 from llm_streamline.replacements.stream import StreamReplacement
+from llm_streamline.spread import follow_weights, is_spread
 from llm_streamline.surgery import apply_plan
 
 
@@ -51,6 +52,7 @@ def install_plan(model: nn.Module, plan: Plan, replacements: list[Replacement], 
         replacements: the plan's networks.
         healed: `training.heal.Healed`, the original's own weights that were trained beside them; None: none.
     """
+    spread = is_spread(model)
     apply_plan(model, plan)
     for replacement in replacements:
         for layer in get_layers(model)[replacement.resume_at : replacement.out]:
@@ -62,3 +64,5 @@ def install_plan(model: nn.Module, plan: Plan, replacements: list[Replacement], 
         healed.install(model)
     for replacement in (r for r in ordered if r.install_order > 0):
         replacement.install(model)
+    for layer in get_layers(model) if spread else ():
+        follow_weights(layer)

@@ -138,9 +138,9 @@ def solve_output_projection(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
             own, _ = resumed.run(inputs, states[resume_at], replacement.out)
         a = seen["a"].float().flatten(0, -2)  # OPT joins windows and tokens before its MLP
-        weight = row_weights(states[stop].float(), weighting).flatten()
-        target = states[stop].float().flatten(0, 1)
-        without = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
+        behind = states[stop].to(device).float()  # the layers of a spread model are on several devices
+        weight, target = row_weights(behind, weighting).flatten(), behind.flatten(0, 1)
+        without = own[replacement.out].to(device).float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
         if has_bias:
             a = torch.cat([a, torch.ones(len(a), 1, device=device)], dim=1)
         if mine:

@@ -114,9 +114,9 @@ def _summed(
         states, _ = run_tapped(model, inputs, {resumed.at, stop}, stop)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
             own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
-        target = states[stop].float()
+        target = states[stop].to(device).float()  # the layers of a spread model are on several devices
         weight = row_weights(target, settings.weighting)
-        state = own[replacement.out].flatten(0, 1).to(precise)
+        state = own[replacement.out].flatten(0, 1).to(device, precise)
         return sums_of(state, target.flatten(0, 1).to(precise), weight.flatten().to(precise))
 
     title, total = f"fitting the {replacement.kind}", ()
@@ -206,9 +206,9 @@ def _fit_cosine(model, plan, replacements, index, windows, settings) -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype != torch.float32):
             own, _ = resumed.run(inputs, states[resumed.at], replacement.out)
         a = seen["a"].float().flatten(0, -2)
-        target = states[stop].float()
+        target = states[stop].to(device).float()
         share = row_weights(target, "skip_first" if settings.weighting == "skip_first" else "uniform")
-        rest = own[replacement.out].float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
+        rest = own[replacement.out].to(device).float().flatten(0, 1) - scale * seen["o"].float().flatten(0, -2)
         return a, target.flatten(0, 1), share.flatten(), rest
 
     with progress_bar("fitting by cosine", len(windows) * settings.epochs) as bar, _input_of(projection) as seen:

@@ -110,7 +110,7 @@ def _average(replacement: Replacement, model: nn.Module) -> None:
                 weights = dict((plain_copy(member) if is_packed(member) else member).named_parameters())
                 for name, parameter in averaged.items():
                     share = weights[name].float() / len(group)
-                    parameter.copy_(share) if place == 0 else parameter.add_(share)
+                    parameter.copy_(share) if place == 0 else parameter.add_(share.to(parameter.device))
 
 
 def _randomise(replacement: Replacement, model: nn.Module, seed: int) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_streamline.engines import loading_options
-from llm_streamline.errors import SourceError
+from llm_streamline.errors import ConfigError, SourceError
 from llm_streamline.quiet import quiet_transformers
-from llm_streamline.runtime import check_dtype_name, pick_device, pick_dtype
+from llm_streamline.runtime import check_dtype_name, pick_devices, pick_dtype
 from llm_streamline.skeleton import build_skeleton
 from llm_streamline.sources.checks import check_loading, check_size, lacking_weights, one_line, read_config
 from llm_streamline.sources.find import ModelSource
@@ -35,7 +35,7 @@ class LoadedModel:
     tokenizer: "PreTrainedTokenizerBase | None"
     source: ModelSource
     dtype: "torch.dtype"
-    device: "torch.device"
+    device: "torch.device"  # of the embedding, when the layers are spread over several
     fitted: "Fit | None" = None  # into a limit of memory, when there is one
 
 
@@ -94,7 +94,7 @@ def load_model(
     Args:
         source: from `resolve_model`.
         dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own, bfloat16 for GGUF.
-        device: auto, cpu, cuda, cuda:<number> or mps.
+        device: auto, cpu, cuda, cuda:<number> or mps; cuda:0,cuda:1,... spreads the layers over several.
         with_tokenizer: False leaves `tokenizer` None, for a model that has none.
         attention: auto, eager, sdpa or flash_attention_2.
         quantization: none, 8bit or 4bit: weights packed by bitsandbytes as they are read, to be run and not saved.
@@ -108,7 +108,8 @@ def load_model(
     from llm_streamline.replacements.ship import loading_class
 
     check_dtype_name(dtype)
-    torch_device = pick_device(device)
+    devices = pick_devices(device)
+    torch_device = devices[0]
     folder = model_folder(source)
     config = read_config(folder, source.spec)
     weights = read_weights(folder)
@@ -122,7 +123,7 @@ def load_model(
         "use_safetensors": True,
         "trust_remote_code": False,
         **loading_options(attention, quantization, torch_dtype),
-        **({"device_map": {"": torch_device}} if quantization != "none" else {}),
+        **({"device_map": {"": torch_device}} if quantization != "none" and len(devices) == 1 else {}),
     }
     try:
         with quiet_transformers():
@@ -132,8 +133,14 @@ def load_model(
                 model, info = load_with_layers_on_disk(
                     loading_class(config), folder, config, torch_device, scratch=scratch, **options
                 )
+            elif len(devices) > 1:
+                from llm_streamline.spread import load_spread
+
+                model, info = load_spread(loading_class(config), folder, config, devices, **options)
             else:
                 model, info = loading_class(config).from_pretrained(folder, **options)
+    except ConfigError:
+        raise
     except Exception as error:  # a foreign parser on foreign data: whatever it raises, the files cannot be read
         if layers_on_disk and (lacking := lacking_weights(load_skeleton(source), weights)):
             raise SourceError(
@@ -142,7 +149,7 @@ def load_model(
         raise SourceError(f"cannot load {source.spec}: {one_line(error)}") from error
     check_loading(info, source.spec)
     model.requires_grad_(False).eval()
-    if quantization == "none" and not layers_on_disk:  # packed weights are where they were put
+    if quantization == "none" and not layers_on_disk and len(devices) == 1:  # packed weights are where they were put
         model.to(torch_device)
     return LoadedModel(model, tokenizer, source, torch_dtype, torch_device)
 

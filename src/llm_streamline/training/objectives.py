@@ -30,6 +30,7 @@ def hidden_state_error(
     Returns:
         Scalar, mean over tokens and width (for `relative` without unit).
     """
+    target = target.to(predicted.device)
     if weighting == "skip_first":
         predicted, target = predicted[:, 1:], target[:, 1:]
     target = target.float()

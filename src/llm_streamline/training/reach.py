@@ -57,7 +57,7 @@ def auto_reach(
         has_network: whether a network is put back.
         weight_bytes: of the original, as it is run.
         layer_parameters: of all its layers together.
-        memory_bytes: that the device has, used or not.
+        memory_bytes: that the device has, or all over which the layers are spread, used or not.
         is_split: the original's weights lie on disk, or are shared out over several devices.
     """
     if not has_network or not set(recipe.training.objective) - {"mse"}:
@@ -73,4 +73,6 @@ def _reach_here(recipe: Recipe, loaded: "LoadedModel", has_network: bool, is_spl
 
     weight_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     in_layers = sum(p.numel() for layer in get_layers(loaded.model) for p in layer.parameters())
-    return auto_reach(recipe, has_network, weight_bytes, in_layers, total_bytes(loaded.device), is_split)
+    devices = {p.device for p in loaded.model.parameters() if not p.is_meta} or {loaded.device}
+    memory_bytes = sum(total_bytes(device) for device in devices)
+    return auto_reach(recipe, has_network, weight_bytes, in_layers, memory_bytes, is_split)

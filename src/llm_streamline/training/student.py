@@ -22,6 +22,7 @@ from llm_streamline.measure.losses import token_losses
 from llm_streamline.measure.partial import ResumedModel, run_tapped
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
+from llm_streamline.spread import follow_weights, is_spread
 from llm_streamline.training import objectives
 from llm_streamline.training.heal import Healed
 
@@ -50,6 +51,9 @@ class Student(nn.Module):
         patches |= healed.patches if healed else {}
         unchanged = min([len(sources), *(edit.start for edit in plan.edits)])
         self.resume_at = min([unchanged, *(r.resume_at for r in replacements), *([healed.resume_at] if healed else ())])
+        if is_spread(model):
+            for module in patches.values():
+                follow_weights(module)
         if config.gradient_checkpointing:
             layers = get_layers(model)
             patches = {
@@ -68,6 +72,11 @@ class Student(nn.Module):
                 )
         # float32 master weights and bfloat16 products beside a half-precision model; a float32 one stays float32
         self._autocast = config.autocast == "auto" and model.dtype != torch.float32
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where a batch of token ids belongs."""
+        return self._model[0].get_input_embeddings().weight.device
 
     @property
     def trained_names(self) -> set[str]:
@@ -118,26 +127,27 @@ class Student(nn.Module):
             stop = None if self.needs_logits or with_token_losses else max(compared)
             own, logits = self._resumed.run(inputs, states[self.resume_at], stop, compared)
         parts: dict[str, Tensor] = {}
+        home = input_ids.device  # where parts are added up: a spread model's layers and head are on several devices
         if "mse" in weights:
             weighting = self._config.mse_weighting
             errors = [
-                objectives.hidden_state_error(own[out], states[edit.stop], weighting)
+                objectives.hidden_state_error(own[out], states[edit.stop], weighting).to(home)
                 for out, edit in zip(outs, spans, strict=True)
             ]
             parts["mse"] = torch.stack(errors).mean()
         if "hidden" in weights:
             weighting = self._config.mse_weighting
             errors = [
-                objectives.hidden_state_error(own[mine], states[original], weighting)
+                objectives.hidden_state_error(own[mine], states[original], weighting).to(home)
                 for mine, original in self._states.items()
             ]
             parts["hidden"] = torch.stack(errors).mean()
         if "lm" in weights:
-            parts["lm"] = objectives.next_token_loss(logits, inputs["input_ids"])
+            parts["lm"] = objectives.next_token_loss(logits, inputs["input_ids"]).to(home)
         if "kl" in weights:
             parts["kl"] = objectives.divergence(
                 logits, teacher_logits, self._config.kl_top_k, self._config.kl_temperature
-            )
+            ).to(home)
         results = {"loss": sum(weights[name] * part for name, part in parts.items())}
         results |= {name: part.detach() for name, part in parts.items()}
         if with_token_losses:

@@ -9,7 +9,7 @@ import contextlib
 import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,8 @@ class StreamlineTrainer(Trainer):
     def __init__(self, history: History | None = None, **settings: Any):
         self.history, self.safety = history, Safety(self)
         super().__init__(callbacks=[*([history] if history else ()), self.safety], **settings)
+        if self.args.world_size == 1:
+            self.accelerator.device_placement = False  # it would be the first device, whichever was asked for
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's own, with a learning rate apart for weights that the original has already learned."""
@@ -250,7 +252,7 @@ def _train(
     seq_len = windows.input_ids.shape[1]
     steps = max(1, config.tokens // (seq_len * batch))
     eval_every = max(1, steps // config.num_evals) if config.num_evals else steps
-    arguments = training_arguments(shared, steps, eval_every, folder, seed, student_device(student))
+    arguments = training_arguments(shared, steps, eval_every, folder, seed, student.input_device)
     arguments.per_device_eval_batch_size = config.per_device_train_batch_size  # as alone: the same sums
     ranks.same_tensors(student.state_dict().values())
     rows = max(1, min(len(validation), config.validation_tokens // validation.input_ids.shape[1]))
@@ -334,9 +336,30 @@ def share_step(config: TrainingConfig, num_ranks: int) -> TrainingConfig:
     )
 
 
-def student_device(student: Student) -> torch.device:
-    """Where the student's parameters are."""
-    return next(student.parameters()).device
+class InPlaceArguments(TrainingArguments):
+    """Settings for a student that is already where it is to be trained.
+
+    In one process the Trainer would move it to the first device, and copy it to every other one for each batch
+    (DataParallel).
+    """
+
+    place: ClassVar[torch.device | None] = None  # set on one object; None leaves the choice to the Trainer
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go and losses come from."""
+        chosen = super().device
+        return self.place or chosen
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Whether the Trainer moves the model: never."""
+        return False
+
+    @property
+    def n_gpu(self) -> int:
+        """How many devices the Trainer may copy the model to: the one where it is, or none."""
+        return min(super().n_gpu, 1)
 
 
 def training_arguments(
@@ -380,9 +403,12 @@ def training_arguments(
         "dataloader_pin_memory": device.type == "cuda",
     }
     try:
-        return TrainingArguments(**{**settings, **config.arguments})
+        arguments = InPlaceArguments(**{**settings, **config.arguments})
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"training.arguments: {problem}") from None
+    if ranks.world_size() == 1:
+        arguments.place = device
+    return arguments
 
 
 def _unwanted_callbacks(trainer: Trainer) -> Sequence[type]:
