@@ -2,7 +2,8 @@
 
 What they do as a GPU does: an operation on tensors of two devices is an error, but for scalars and copies; results stay
 where their inputs are; `.numpy()` is refused. The arithmetic is the CPU's, so results can be compared to the bit. What
-they do not show: speed, memory, the kernels of a GPU, and C++ code that branches on the device.
+they do not show: speed, memory, the kernels of a GPU, C++ code that branches on the device, and layers that run again
+in a backward (gradient checkpointing), which torch calls with this class switched off.
 
 `with emulated_accelerators(2):` emulates two.
 """

@@ -100,16 +100,15 @@ SLOW = {
     "adapters, text alone": {"training.trainable": "lora", "training.objective": "lm"},
     "norms": {"training.trainable": "norms"},
     "last layers and head": {"training.trainable": "head", "replacement.kind": "none"},
-    "recomputed activations": {"training.gradient_checkpointing": True},
     **{kind: {"replacement.kind": kind} for kind in ("ffn", "swiglu", "linear")},
     **{name: {"selection.method": name} for name in REPAIRS},
     **{
         name: {"selection.method": name, "replacement.kind": "none", "training.trainable": "norms"}
-        for name in ("shortgpt", "uidl", "sleb", "shortened_llama", "exhaustive", "laco", "attention_drop")
+        for name in ("shortgpt", "uidl", "sleb", "exhaustive", "laco", "attention_drop")
     },
     "taylor": {
         "selection.method": "shortened_llama",
-        "selection.options": {"criterion": "taylor"},
+        "selection.options": {"criterion": "taylor", "protect_first": 1, "protect_last": 1},
         "replacement.kind": "none",
         "training.trainable": "norms",
     },
