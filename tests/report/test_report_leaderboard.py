@@ -363,3 +363,16 @@ def test_nothing_finished_is_nothing_to_hand_on(tmp_path):
     with pytest.raises(StreamlineError, match="no finished run"):
         share(shelf, tmp_path / "shared")
     assert not (tmp_path / "shared").exists()
+
+
+def test_of_many_models_the_best_at_each_size_have_letters_and_the_others_are_dots():
+    settings = {"x_label": "size", "y_label": "ratio", "low_x": True, "low_y": True, "log_y": True}
+    spots = [Spot("0", "original", 10.0, 1.0, True)]
+    spots += [Spot(chr(65 + i), f"m{i}", size, 2.0 + i) for size in (5.0, 7.0) for i in range(13)]
+    few = scatter(spots[:20], **settings)
+    assert few.count("<circle") == few.count("spot-key") == 20
+    many = scatter(spots, **settings)
+    assert many.count("<circle") == len(spots)
+    assert many.count("spot-key") == 1 + 2 * 4
+    assert re.findall(r'class="spot-key[^>]*>(.)<', many).count("A") == 2
+    assert ">M<" not in many

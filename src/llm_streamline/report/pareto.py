@@ -11,6 +11,10 @@ from llm_streamline.report.plots import WIDTH, Point, grid, left_margin
 from llm_streamline.report.svg import Scale
 
 _RADIUS = 11.0  # of a model's circle
+_DOT = 3.5  # of one without a letter
+_MOST_LETTERS = 24  # with more models than that only the best of about the same cost have one
+_LETTERS_A_SIZE = 4
+_SAME_COST = 0.02  # of the axis
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def scatter(
 ) -> Markup:
     """Quality against cost: the models on the Pareto front are joined, the original is a ring.
 
+    Where there are too many for a letter each, the best few of about the same cost have one, and the others are dots.
+
     Args:
         spots: the models.
         x_label: name of the axis, and
@@ -82,18 +88,36 @@ def scatter(
     order = sorted(range(len(spots)), key=lambda i: (i not in front, i))  # the front stands where it belongs
     taken: list[Point] = []
     drawn: list[Markup] = []
+    lettered = _lettered(spots, front, across, low_y)
     for index in order:
         spot, (x, y) = spots[index], places[index]
+        note = svg.tip(f"{spot.name}: {x_label} {spot.x:.4g}, {y_label} {spot.y:.4g}")
+        if index not in lettered:
+            parts.append(svg.circle(x, y, _DOT, "spot", **note))
+            continue
         beside = _free_place(x, y, taken, left, right)
         taken.append((beside, y))
         if beside != x:
             parts.append(svg.line(x, y, beside, y, "grid"))
         style = "spot original" if spot.original else "spot front-spot" if index in front else "spot"
-        note = svg.tip(f"{spot.name}: {x_label} {spot.x:.4g}, {y_label} {spot.y:.4g}")
         drawn.append(svg.circle(beside, y, _RADIUS, style, **note))
         ink = "spot-key inside" if style.endswith("front-spot") else "spot-key"
         drawn.append(svg.text(beside, y + 4.4, spot.key, ink, "middle"))
     return svg.drawing(WIDTH, height, [*parts, *drawn], f"{y_label} against {x_label}", "scatter")
+
+
+def _lettered(spots: Sequence[Spot], front: Sequence[int], across: Scale, low_y: bool) -> set[int]:
+    """Indices of the spots that have a letter."""
+    if len(spots) <= _MOST_LETTERS:
+        return set(range(len(spots)))
+    near = _SAME_COST * abs(across.stop - across.start)
+    found = {*front, *(i for i, spot in enumerate(spots) if spot.original)}
+    for index, spot in enumerate(spots):
+        rivals = [i for i, other in enumerate(spots) if abs(across(other.x) - across(spot.x)) <= near]
+        rivals.sort(key=lambda i: (spots[i].y if low_y else -spots[i].y, i))
+        if index in rivals[:_LETTERS_A_SIZE]:
+            found.add(index)
+    return found
 
 
 def _free_place(x: float, y: float, taken: Sequence[Point], left: float, right: float) -> float:
