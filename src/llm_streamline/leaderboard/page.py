@@ -173,6 +173,7 @@ def _columns_with_something(rows: Sequence[Row], gaps: dict[int, float]) -> dict
         "layers": any(row.num_layers != rows[0].num_layers for row in rows if row.layers == rows[0].layers),
         "gap": any(id(row) in gaps for row in rows),
         "kl": any(row.kl is not None for row in rows),
+        "training": any(row.train_forward_tokens for row in rows),
     }
 
 
