@@ -228,6 +228,14 @@ def test_all_numbers_of_layers_count_alike(good):
     scores = {standing.method: standing.score for standing in choice.ranking}
     assert scores == pytest.approx({"first": (0.8 + 0.6) / 2, "second": (1.2 + 0.05) / 2})
     assert choice.winner == "second"
+    assert "not finished" not in choice.reason
+
+
+def test_a_choice_among_the_few_that_are_finished_says_so(good):
+    first, second = good
+    choice = choose_default([first, change(first, layers=6, development=0.6), second], 0)
+    assert choice.winner == "first"
+    assert choice.reason.endswith("; of 2 methods 1 are not finished at every number of layers")
 
 
 @pytest.mark.parametrize(

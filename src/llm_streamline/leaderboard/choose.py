@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from llm_streamline.errors import StreamlineError
 from llm_streamline.leaderboard.collect import Row
 
+_UNFINISHED = "no finished run"
 MOST_EXTRA_PARAMETERS = 0.01  # of the smallest result at the same number of layers: norms and biases, no second head
 
 
@@ -67,7 +68,11 @@ def choose_default(rows: Sequence[Row], tokens: int) -> Choice:
     close = [s for s in able if s.score - leader.score <= _stderr_of_difference(s, leader)]
     winner = min(close, key=lambda s: (math.inf if s.cost is None else s.cost, s.score, s.method))
     ranking = (*able, *(s for s in standings if s.obstacle))
-    return Choice(tokens, winner.method, _reason(winner, leader, close), ranking)
+    unfinished = sum(s.obstacle.startswith(_UNFINISHED) for s in standings)
+    waiting = (
+        f"; of {len(standings)} methods {unfinished} are not finished at every number of layers" if unfinished else ""
+    )
+    return Choice(tokens, winner.method, _reason(winner, leader, close) + waiting, ranking)
 
 
 def _standing(
@@ -92,7 +97,7 @@ def _obstacle(at: dict[tuple, Row], places: list[tuple], smallest: dict[tuple, i
         where = f"{place[1]} layers fewer in {place[0]}"
         row = at.get(place)
         if row is None:
-            return f"no finished run at {where}"
+            return f"{_UNFINISHED} at {where}"
         development = row.development_over(seeds)
         if development is None or not math.isfinite(development.value):
             return f"no finite loss on development text at {where}"
