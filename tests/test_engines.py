@@ -19,6 +19,7 @@ from llm_streamline.packed import is_packed, num_numbers, plain_copy
 from llm_streamline.replacements.build import build_replacements
 from llm_streamline.replacements.starts import set_start
 from llm_streamline.sources import load_model, resolve_model
+from llm_streamline.stages.checks import check_early
 from llm_streamline.training.compiled import compiled
 from llm_streamline.training.student import Student
 
@@ -54,6 +55,14 @@ def test_what_the_machine_cannot_do_is_refused(monkeypatch):
     monkeypatch.setattr(engines, "pick_device", lambda _name: torch.device("cuda"))
     with pytest.raises(ConfigError, match="has no float32"):
         check_engines(Recipe(attn_implementation="flash_attention_2", dtype="float32"))
+
+
+def test_arguments_that_the_trainer_does_not_know_are_refused_before_anything_is_loaded(tmp_path):
+    source = resolve_model(str(tiny_folder(tmp_path / "model", num_hidden_layers=8)))
+    wrong = {"device": "cpu", "training.arguments": {"learning_speed": 3}}
+    with pytest.raises(ConfigError, match=r"training\.arguments: .*learning_speed"):
+        check_early(source, load_recipe(None, wrong), with_text=False)
+    check_early(source, load_recipe(None, wrong | {"training.tokens": 0}), with_text=False)
 
 
 def test_the_default_needs_nothing():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from folders import tiny_folder
 
@@ -215,6 +216,63 @@ def test_commands_of_the_line_share_their_work_too(alone, place):
     process = launch(2, place, results, *words)
     assert process.returncode == 0, process.stderr
     assert len(Results.load(results).comparisons) == 1
+
+
+@pytest.mark.slow
+def test_what_was_stopped_on_two_ranks_goes_on_to_the_same_end(alone, place):
+    out = place / "stopped"
+    stopped_and_gone_on(place, out, None)
+    check_same(alone, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_rank_that_is_told_to_stop_alone_stops_all(place, told):
+    process = launch(2, place, place / f"stopped-{told}", STOP_RANK=str(told))
+    assert process.returncode != 0
+    assert process.stderr.count("stopped by SIGTERM; to go on:") == 1
+    assert "Error:" not in process.stderr.replace("ChildFailedError:", "")
+
+
+def stopped_and_gone_on(place, out, launcher):
+    process = launch(2, place, out, launcher=launcher, STOP_AT="3")
+    assert process.returncode != 0
+    assert "stopped by SIGTERM; to go on:" in process.stderr
+    assert list(out.glob("streamline/work/*/checkpoints/checkpoint-3/sealed.json"))
+    process = launch(2, place, out, launcher=launcher)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("going on from the checkpoint at step 3 of 4") == 1
+
+
+# --- DeepSpeed, where it is installed
+
+
+def deepspeed_launcher(folder, **settings):
+    """`accelerate launch` with our config of ZeRO, for two processes on the CPU."""
+    pytest.importorskip("deepspeed")
+    config = yaml.safe_load((ROOT / "recipes" / "accelerate" / "deepspeed_zero2.yaml").read_text())
+    config |= {"num_processes": 2, "use_cpu": True}
+    config["deepspeed_config"] |= settings
+    path = folder / "deepspeed.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0"]
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_the_same_and_goes_on_where_it_was_stopped(alone, place, tmp_path):
+    out = place / "deepspeed"
+    stopped_and_gone_on(place, out, deepspeed_launcher(tmp_path))
+    check_same(alone, out)
+    assert list(out.glob("streamline/work/*/checkpoints/checkpoint-3/global_step3/zero_pp_rank_1_*"))  # it was ZeRO
+
+
+@pytest.mark.slow
+def test_weights_split_by_deepspeed_are_refused_before_the_work(place, tmp_path):
+    out = place / "split-weights"
+    process = launch(2, place, out, launcher=deepspeed_launcher(tmp_path, zero_stage=3))
+    assert process.returncode != 0
+    assert process.stderr.count("ConfigError: DeepSpeed's ZeRO 3") == 1
+    assert not out.exists()
 
 
 # --- the parts, without processes

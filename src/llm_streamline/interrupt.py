@@ -24,6 +24,7 @@ class Stopped(BaseException):
         super().__init__(number)
         self.name = signal.Signals(number).name
         self.exit_code = 128 + number  # as a shell tells of a process that a signal ended: 130 and 143
+        self.agreed = _State.agreed
 
 
 class _State:
@@ -31,6 +32,7 @@ class _State:
 
     owner = 0  # the process that watches: one that is forked from it inherits the handlers
     told: int | None = None  # the first signal
+    agreed = False  # whether all processes of the run stop at the same place
     depth = 0  # how many blocks hold it back
 
 
@@ -38,7 +40,7 @@ class _State:
 def watched() -> Iterator[None]:
     """Turn signals into `Stopped` while the block runs; a signal that is ignored (nohup, a background job) stays so."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _State.owner, _State.told, _State.depth = os.getpid(), None, 0
+    _State.owner, _State.told, _State.agreed, _State.depth = os.getpid(), None, False, 0
     try:
         for number, handler in before.items():
             if handler != signal.SIG_IGN:
@@ -59,6 +61,11 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
     if ranks.is_main():
         os.write(2, _GRACE)  # a print might find the stream in the middle of another one
     check()
+
+
+def agree() -> None:
+    """Stop at the next place where that is allowed, as all processes of the run do: one of them was told to."""
+    _State.told, _State.agreed = _State.told or signal.SIGTERM, True
 
 
 def is_requested() -> bool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=7)  # others may prepare text or save for hours; a dead rank is noticed by its connection
-_FAILED = "llm_streamline_failed"  # in the store: how many ranks have failed
+_FAILED = "llm_streamline_failed"  # in the store: how many ranks have failed or were stopped
 _store: Any = None
 _sharding = False
 _depth_alone = 0  # how many blocks that one rank does alone we are in
@@ -205,7 +205,10 @@ def summed(tensor: "torch.Tensor") -> "torch.Tensor":
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank failed before this one: only the first tells why; the rest fail because it is gone."""
+    """Whether no other rank failed or was stopped before this one: only the first tells why.
+
+    The rest fail because it is gone: nobody waits for them (`_leave`), and the launcher ends them.
+    """
     if world_size() == 1:
         return True
     if _store is None:  # not joined yet: what fails then fails on every rank alike
@@ -217,7 +220,7 @@ def first_to_fail() -> bool:
 
 
 def somebody_failed() -> bool:
-    """Whether a rank has failed, this one or another."""
+    """Whether a rank has failed or was stopped, this one or another."""
     try:
         return _store is not None and _store.add(_FAILED, 0) > 0
     except RuntimeError:

@@ -151,6 +151,30 @@ def test_a_dry_run_runs_nothing(place):
     assert recipe.is_file()
 
 
+def test_a_dry_run_writes_over_no_record_of_a_call_at_work(place):
+    inside = Runs()
+
+    def runs(entry, *arguments):
+        path = place / "out" / "entries" / f"{entry.key(f'fingerprint of {entry.source}')}.json"
+        written = path.read_text().replace('"reason": ""', '"reason": "of the call at work"')
+        assert "of the call at work" in written
+        load = Shelf.load
+
+        def meanwhile(shelf, key):  # the record changes just after the dry run has read it
+            record = load(shelf, key)
+            path.write_text(written)
+            return record
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Shelf, "load", meanwhile)
+            call(place, Runs(), dry_run=True)
+        assert path.read_text() == written
+        return inside(entry, *arguments)
+
+    made = call(place, runs)
+    assert statuses(made)[inside.labels[0]] == "done"
+
+
 def test_no_run_begins_when_the_time_is_over(place, monkeypatch):
     clock = iter(range(0, 100_000, 45))
     monkeypatch.setattr(run_module.time, "monotonic", lambda: next(clock))

@@ -80,7 +80,11 @@ def main() -> None:
         sys.exit(problem.exit_code)
     except interrupt.Stopped as stopped:
         again = shlex.join(word for word in sys.argv[1:] if word != "--fresh")
-        if ranks.is_main() and not ranks.somebody_failed():  # else the launcher ends us, because another rank failed
+        if stopped.agreed:
+            tells = ranks.is_main() and not ranks.somebody_failed()
+        else:  # each where it is: the others fail when the first is gone, or the launcher ends them
+            tells = ranks.first_to_fail()
+        if tells:
             print(f"stopped by {stopped.name}; to go on: llm-streamline {again}", file=sys.stderr)
         sys.exit(stopped.exit_code)
     except Exception as problem:

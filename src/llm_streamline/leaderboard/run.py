@@ -95,7 +95,7 @@ def recorded(entry: Entry, shelf: Shelf, fingerprints: Callable[[str], str]) -> 
         problem = ""
     except StreamlineError as refusal:
         key, problem = f"unread-{entry.key('')}", f"{type(refusal).__name__}: {refusal}"
-    record = shelf.load(key)
+    found = record = shelf.load(key)
     if record is not None and record.status == "done" and not shelf.has_result(key):
         record = record.model_copy(update={"status": "pending", "reason": "its results are gone"})
     if record is None:
@@ -115,7 +115,8 @@ def recorded(entry: Entry, shelf: Shelf, fingerprints: Callable[[str], str]) -> 
     if problem:
         record = record.model_copy(update={"status": "refused", "reason": problem})
     write_text(shelf.recipe(key), f"# {entry.label}\n# run: {record.command}\n{entry.recipe_yaml()}")
-    shelf.write(record)
+    if record != found:  # whoever only looks must not write over what a call at work finds out meanwhile
+        shelf.write(record)
     return record
 
 

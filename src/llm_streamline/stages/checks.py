@@ -12,12 +12,14 @@ from llm_streamline.measure.files import Statistics
 from llm_streamline.methods.registry import find_method
 from llm_streamline.plan import Plan, Replace, templates_for
 from llm_streamline.replacements.build import build_replacements
+from llm_streamline.runtime import pick_device
 from llm_streamline.sizing import decide_size
 from llm_streamline.sources import LoadedModel, ModelSource, load_config
 from llm_streamline.stages.original import model_facts
 from llm_streamline.stages.wishes import check_span, method_wishes
 from llm_streamline.training.heal import check_healing
 from llm_streamline.training.states import check_cacheable
+from llm_streamline.training.trainer import check_arguments
 
 
 def check_early(source: ModelSource, recipe: Recipe, *, with_text: bool = True) -> None:
@@ -31,11 +33,13 @@ def check_early(source: ModelSource, recipe: Recipe, *, with_text: bool = True) 
     Raises:
         ArchitectureError: if the family is not edited.
         MissingExtraError: if the recipe names an engine that is not installed.
-        ConfigError: if the machine cannot do what the recipe names, a window is longer than the model's positions, or
-            the method is unknown.
+        ConfigError: if the machine cannot do what the recipe names, the Trainer does not know its arguments, a window
+            is longer than the model's positions, or the method is unknown.
         PlanError: if the target or the span does not fit the number of layers.
     """
     check_engines(recipe)
+    if recipe.training.tokens:
+        check_arguments(recipe.training, pick_device(recipe.device))
     config = load_config(source)
     check_architecture(config)
     text = config.get_text_config()

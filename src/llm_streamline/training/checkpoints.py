@@ -34,8 +34,10 @@ def seal(folder: Path) -> None:
     """
     with saving(folder):
         sync_tree(folder)
-        files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != SEAL_FILE}
-        write_json(folder / SEAL_FILE, files)
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())  # DeepSpeed writes a folder of its own
+        sums = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+        sums.pop(SEAL_FILE, None)
+        write_json(folder / SEAL_FILE, sums)
         sync_folder(folder.parent)
 
 
@@ -96,6 +98,8 @@ class Timing:
             answers = torch.tensor([stop, save], dtype=torch.int32, device=device)
             torch.distributed.all_reduce(answers, torch.distributed.ReduceOp.MAX)
             stop, save = (bool(answer) for answer in answers.tolist())
+            if stop:
+                interrupt.agree()  # perhaps another process alone was told
         return stop, stop or save
 
 

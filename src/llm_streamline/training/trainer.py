@@ -368,7 +368,8 @@ def training_arguments(
     """Translate our settings; everything is counted in optimiser steps (specifications D7).
 
     Raises:
-        ConfigError: if `config.arguments` holds something that TrainingArguments does not know or accept.
+        ConfigError: if `config.arguments` holds something that TrainingArguments does not know or accept, or if ZeRO 3
+            is asked for.
     """
     same_name = (
         "learning_rate",
@@ -384,7 +385,8 @@ def training_arguments(
         "output_dir": str(folder),
         "max_steps": num_steps,
         "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr": config.min_learning_rate},
+        # as a share: the optimiser that DeepSpeed wraps does not tell the scheduler its rate
+        "lr_scheduler_kwargs": {"min_lr_rate": config.min_learning_rate / config.learning_rate},
         "warmup_steps": round(config.warmup_ratio * num_steps),
         "per_device_eval_batch_size": config.per_device_train_batch_size,
         "eval_strategy": "steps" if config.num_evals else "no",
@@ -406,9 +408,23 @@ def training_arguments(
         arguments = InPlaceArguments(**{**settings, **config.arguments})
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"training.arguments: {problem}") from None
+    if getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
+        raise ConfigError(
+            "DeepSpeed's ZeRO 3 splits the weights that are trained, which a run compares, keeps and saves whole; use "
+            "zero_stage 1 or 2 (recipes/accelerate/deepspeed_zero2.yaml), or FSDP to split the original (fsdp2.yaml)"
+        )
     if ranks.world_size() == 1:
         arguments.place = device
     return arguments
+
+
+def check_arguments(config: TrainingConfig, device: torch.device) -> None:
+    """Refuse early what the Trainer would refuse after the measurements.
+
+    Raises:
+        ConfigError: as `training_arguments`.
+    """
+    training_arguments(config, 1, 1, Path("checkpoints"), 0, device)  # names a folder, makes none
 
 
 def _unwanted_callbacks(trainer: Trainer) -> Sequence[type]:
