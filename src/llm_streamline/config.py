@@ -274,7 +274,9 @@ class TrainingConfig(FrozenModel):
     autocast: Literal["auto", "off"] = Field("auto", description="auto: bfloat16 arithmetic, float32 master weights")
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
     torch_compile: bool = Field(False, description="compile the networks that are trained; minutes first, then faster")
-    arguments: dict[str, Any] = Field({}, description="further transformers.TrainingArguments, passed on as they are")
+    arguments: dict[str, Any] = Field(
+        {}, description="further transformers.TrainingArguments (optim, lr_scheduler_type, report_to, ...), as they are"
+    )
 
     @property
     def heals(self) -> bool:

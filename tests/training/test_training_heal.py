@@ -19,9 +19,10 @@ from llm_streamline.plan import Merge, Plan, Remove, Silence
 from llm_streamline.replacements.build import build_replacements, install_plan
 from llm_streamline.replacements.starts import set_start
 from llm_streamline.surgery import apply_plan
+from llm_streamline.training.arguments import training_arguments
 from llm_streamline.training.heal import Healed, check_healing
 from llm_streamline.training.student import Student, hidden_pairs
-from llm_streamline.training.trainer import StreamlineTrainer, train_student, training_arguments
+from llm_streamline.training.trainer import StreamlineTrainer, train_student
 
 TRAIN, VALIDATION = tiny_windows(8), tiny_windows(4, seed=1)
 BASE = {"tokens": 4 * 2 * 16, "per_device_train_batch_size": 2, "num_evals": 2, "early_stopping_patience": 0}

@@ -11,14 +11,15 @@ from transformers import TrainerCallback
 
 from llm_streamline.config import TrainingConfig
 from llm_streamline.data.windows import Windows
-from llm_streamline.errors import ConfigError, NumericsError
+from llm_streamline.errors import NumericsError
 from llm_streamline.replacements.build import build_replacements
 from llm_streamline.replacements.starts import set_start
 from llm_streamline.runtime import seed_everything
 from llm_streamline.training import trainer as trainer_module
+from llm_streamline.training.arguments import training_arguments
 from llm_streamline.training.checkpoints import last_checkpoint
 from llm_streamline.training.student import Student
-from llm_streamline.training.trainer import StreamlineTrainer, train_student, training_arguments
+from llm_streamline.training.trainer import StreamlineTrainer, train_student
 
 TRAIN, VALIDATION = tiny_windows(24), tiny_windows(6, seed=1)
 STEPS, SPAN = 12, (3, 6)
@@ -131,16 +132,6 @@ def test_accumulated_batches_take_the_step_of_the_large_batch(tmp_path):
     )  # fmt: skip
     for name, value in bits(whole).items():
         torch.testing.assert_close(bits(parts)[name], value, rtol=1e-3, atol=1e-5)
-
-
-def test_unknown_training_arguments_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"training\.arguments"):
-        run(tmp_path, arguments={"learning_speed": 3})
-
-
-def test_known_training_arguments_are_passed_on(tmp_path):
-    arguments = training_arguments(TrainingConfig(arguments={"seed": 7}), 10, 2, tmp_path, 0, torch.device("cpu"))
-    assert arguments.seed == 7
 
 
 # --- what is kept

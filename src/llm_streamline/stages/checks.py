@@ -17,9 +17,9 @@ from llm_streamline.sizing import decide_size
 from llm_streamline.sources import LoadedModel, ModelSource, load_config
 from llm_streamline.stages.original import model_facts
 from llm_streamline.stages.wishes import check_span, method_wishes
+from llm_streamline.training.arguments import check_arguments
 from llm_streamline.training.heal import check_healing
 from llm_streamline.training.states import check_cacheable
-from llm_streamline.training.trainer import check_arguments
 
 
 def check_early(source: ModelSource, recipe: Recipe, *, with_text: bool = True) -> None:
@@ -32,7 +32,7 @@ def check_early(source: ModelSource, recipe: Recipe, *, with_text: bool = True) 
 
     Raises:
         ArchitectureError: if the family is not edited.
-        MissingExtraError: if the recipe names an engine that is not installed.
+        MissingExtraError: if the recipe names an engine or a tracker that is not installed.
         ConfigError: if the machine cannot do what the recipe names, the Trainer does not know its arguments, a window
             is longer than the model's positions, or the method is unknown.
         PlanError: if the target or the span does not fit the number of layers.

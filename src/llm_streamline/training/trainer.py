@@ -9,20 +9,21 @@ import contextlib
 import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from llm_streamline import interrupt, ranks
 from llm_streamline.config import TrainingConfig
 from llm_streamline.data.windows import Windows
-from llm_streamline.errors import ConfigError, NumericsError, OutOfMemoryError, OutputError
+from llm_streamline.errors import NumericsError, OutOfMemoryError, OutputError
 from llm_streamline.files import remove, saving
 from llm_streamline.logs import get_logger, progress_bar
 from llm_streamline.memory_limits import BatchTooLarge, free_memory, no_room_for
+from llm_streamline.training.arguments import training_arguments
 from llm_streamline.training.checkpoints import Safety, is_sound, keep_newest, last_checkpoint, seal, step_of
 from llm_streamline.training.history import History
 from llm_streamline.training.states import CachedStates
@@ -334,97 +335,6 @@ def share_step(config: TrainingConfig, num_ranks: int) -> TrainingConfig:
     return config.model_copy(
         update={"per_device_train_batch_size": at_once, "gradient_accumulation_steps": each // at_once}
     )
-
-
-class InPlaceArguments(TrainingArguments):
-    """Settings for a student that is already where it is to be trained.
-
-    In one process the Trainer would move it to the first device, and copy it to every other one for each batch
-    (DataParallel).
-    """
-
-    place: ClassVar[torch.device | None] = None  # set on one object; None leaves the choice to the Trainer
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches go and losses come from."""
-        chosen = super().device
-        return self.place or chosen
-
-    @property
-    def place_model_on_device(self) -> bool:
-        """Whether the Trainer moves the model: never."""
-        return False
-
-    @property
-    def n_gpu(self) -> int:
-        """How many devices the Trainer may copy the model to: the one where it is, or none."""
-        return min(super().n_gpu, 1)
-
-
-def training_arguments(
-    config: TrainingConfig, num_steps: int, eval_every: int, folder: Path, seed: int, device: torch.device
-) -> TrainingArguments:
-    """Translate our settings; everything is counted in optimiser steps (specifications D7).
-
-    Raises:
-        ConfigError: if `config.arguments` holds something that TrainingArguments does not know or accept, or if ZeRO 3
-            is asked for.
-    """
-    same_name = (
-        "learning_rate",
-        "weight_decay",
-        "adam_beta1",
-        "adam_beta2",
-        "max_grad_norm",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-    )
-    settings = {
-        **{name: getattr(config, name) for name in same_name},
-        "output_dir": str(folder),
-        "max_steps": num_steps,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        # as a share: the optimiser that DeepSpeed wraps does not tell the scheduler its rate
-        "lr_scheduler_kwargs": {"min_lr_rate": config.min_learning_rate / config.learning_rate},
-        "warmup_steps": round(config.warmup_ratio * num_steps),
-        "per_device_eval_batch_size": config.per_device_train_batch_size,
-        "eval_strategy": "steps" if config.num_evals else "no",
-        "eval_steps": eval_every,
-        "save_strategy": "steps",
-        "save_steps": eval_every,
-        "save_total_limit": None,  # `keep_newest` goes by steps, the Trainer by the files' times
-        "logging_steps": max(1, num_steps // 200),
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": seed,
-        "data_seed": seed,
-        "use_cpu": device.type == "cpu",
-        "ddp_find_unused_parameters": config.heals,  # an objective may miss what is healed
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": device.type == "cuda",
-    }
-    try:
-        arguments = InPlaceArguments(**{**settings, **config.arguments})
-    except (TypeError, ValueError) as problem:
-        raise ConfigError(f"training.arguments: {problem}") from None
-    if getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
-        raise ConfigError(
-            "DeepSpeed's ZeRO 3 splits the weights that are trained, which a run compares, keeps and saves whole; use "
-            "zero_stage 1 or 2 (recipes/accelerate/deepspeed_zero2.yaml), or FSDP to split the original (fsdp2.yaml)"
-        )
-    if ranks.world_size() == 1:
-        arguments.place = device
-    return arguments
-
-
-def check_arguments(config: TrainingConfig, device: torch.device) -> None:
-    """Refuse early what the Trainer would refuse after the measurements.
-
-    Raises:
-        ConfigError: as `training_arguments`.
-    """
-    training_arguments(config, 1, 1, Path("checkpoints"), 0, device)  # names a folder, makes none
 
 
 def _unwanted_callbacks(trainer: Trainer) -> Sequence[type]:
