@@ -1,5 +1,8 @@
 """Runs one after the other: cached by content, bad ones recorded, stopped and taken up again."""
 
+import os
+import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -11,9 +14,11 @@ from llm_streamline.leaderboard import make
 from llm_streamline.leaderboard import run as run_module
 from llm_streamline.leaderboard.board import Entry
 from llm_streamline.leaderboard.make import make_leaderboard
+from llm_streamline.leaderboard.page import draw
 from llm_streamline.leaderboard.records import Shelf
 from llm_streamline.leaderboard.run import Ending, in_process_of_its_own
 from llm_streamline.output import open_output, write_manifest
+from llm_streamline.runs.lock import locked
 
 BOARD = """
 title: Test
@@ -44,7 +49,7 @@ class Runs:
             return Ending("failed", "killed by SIGKILL (out of memory?)")
         folder = open_output(out)
         (folder / "model.safetensors").write_bytes(b"weights")
-        (folder / "streamline" / "work").mkdir()
+        (folder / "streamline" / "work").mkdir(exist_ok=True)
         write_manifest(folder, {})
         return Ending("done")
 
@@ -219,6 +224,64 @@ def test_a_folder_that_holds_something_else_is_left_alone(place):
         call(place, Runs())
 
 
+def test_a_kill_before_the_record_is_written_repeats_nothing(place):
+    class Killed(Exception):
+        pass
+
+    def write(shelf, record):
+        if record.status == "done":
+            raise Killed
+        written(shelf, record)
+
+    written = Shelf.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shelf, "write", write)
+        with pytest.raises(Killed):
+            call(place, Runs(), only=["good", "layers=6"])
+    runs = Runs()
+    assert statuses(call(place, runs, only=["good", "layers=6"])) == {"demo/good/6/0/0": "done"}
+    assert runs.labels == []
+    assert list((place / "out" / "runs").iterdir()) == []
+
+
+def test_what_was_run_on_another_model_is_never_recorded_as_of_this_one(place, monkeypatch):
+    prints = {"demo": "old"}
+    monkeypatch.setattr(make, "_fingerprint", prints.get)
+
+    class Changing(Runs):
+        def __call__(self, *arguments):
+            prints["demo"] = "new"
+            return super().__call__(*arguments)
+
+    made = call(place, Changing(), only=["good", "layers=6"])
+    assert statuses(made) == {"demo/good/6/0/0": "pending"}
+    assert "changed since this call began" in made.records[0].reason
+    prints["demo"] = "old"
+    again = Runs()
+    assert statuses(call(place, again, only=["good", "layers=6"])) == {"demo/good/6/0/0": "done"}
+    assert again.labels == ["demo/good/6/0/0"]  # not taken as the changed model left it
+
+
+def test_no_run_begins_on_a_model_that_changed_since_the_call_began(place, monkeypatch):
+    prints = {"demo": "old"}
+    monkeypatch.setattr(make, "_fingerprint", prints.get)
+    monkeypatch.setattr(make, "draw", lambda shelf: prints.update(demo="new") or draw(shelf))  # after the first run
+    runs = Runs()
+    made = call(place, runs, only=["good"])
+    assert runs.labels == ["demo/good/3/0/0"]
+    assert statuses(made) == {"demo/good/3/0/0": "done", "demo/good/6/0/0": "pending"}
+    assert statuses(call(place, runs, only=["good"])) == {"demo/good/3/0/0": "done", "demo/good/6/0/0": "done"}
+    assert len(runs.labels) == 3  # all of the new one
+
+
+def test_the_command_of_a_finished_run_follows_the_folder(place):
+    call(place, Runs(), only=["good"])
+    (place / "out").rename(place / "moved")
+    made = make_leaderboard(place / "board.yaml", place / "moved", runner=Runs(), only=["good"])
+    assert {f"-o {place}/moved/runs/{record.key}" in record.command for record in made.records} == {True}
+    assert f"{place}/out" not in (place / "moved" / "leaderboard.html").read_text()
+
+
 def test_no_leaderboard_to_draw(tmp_path):
     with pytest.raises(StreamlineError, match="holds no leaderboard"):
         Shelf(tmp_path).board()
@@ -260,6 +323,11 @@ def test_the_exit_code_tells_how_a_run_ended(ending, tmp_path):
     assert refusal == Ending("refused", "PlanError: too many")
     assert ending("sys.exit(1)") == Ending("failed", "a word")
     assert ending("sys.exit(143)").status == "pending"
+    folder = tmp_path / "run" / "streamline"
+    with locked(folder), pytest.raises(OutputError) as held, locked(folder):
+        pass
+    outlived = ending(f"print('OutputError: ' + {str(held.value)!r}, file=sys.stderr); sys.exit(2)")
+    assert outlived == Ending("pending", f"OutputError: {held.value}")  # a call was killed, its run was not
     killed = ending("os.kill(os.getpid(), signal.SIGKILL)")
     assert killed == Ending("failed", "killed by SIGKILL (out of memory?)")
 
@@ -276,3 +344,49 @@ def test_a_run_is_stopped_when_the_time_is_over(ending):
     started = time.monotonic()
     assert ending("time.sleep(60)", left=1.0).status == "pending"
     assert time.monotonic() - started < 30
+
+
+CHILD = """
+from llm_streamline import interrupt
+try:
+    with interrupt.watched(), interrupt.held_back():
+        open({ready!r}, "w").close()
+        while not interrupt.is_requested():
+            time.sleep(0.02)
+        time.sleep(1)  # the end of a step
+        open({saved!r}, "w").close()
+except interrupt.Stopped as stopped:
+    sys.exit(stopped.exit_code)
+"""
+PARENT = """
+import signal, sys
+from pathlib import Path
+from llm_streamline import interrupt
+from llm_streamline.leaderboard import run
+from llm_streamline.leaderboard.board import Entry
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run.sys.executable = sys.argv[1]
+here = Path(sys.argv[1]).parent
+with interrupt.watched():
+    run.in_process_of_its_own(Entry("m", "s", "x", 3, 0, 0, None), here / "r", here / "o", here / "log", None)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_a_group_that_is_told_to_stop_leaves_the_run_time_to_save(tmp_path):
+    """Ctrl-C, and `timeout`, tell the board and its run at once: told again by the board, the run would break off."""
+    ready, saved, child = tmp_path / "ready", tmp_path / "saved", tmp_path / "python"
+    body = CHILD.format(ready=str(ready), saved=str(saved))
+    child.write_text(SCRIPT.format(python=PYTHON, seen=str(tmp_path / "seen"), body=body))
+    child.chmod(0o755)
+    command = [PYTHON, "-c", PARENT, str(child)]
+    parent = subprocess.Popen(command, process_group=0, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not ready.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        os.killpg(parent.pid, signal.SIGINT)
+        parent.wait(60)
+    finally:
+        parent.kill()
+    assert saved.exists()

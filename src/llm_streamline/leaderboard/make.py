@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llm_streamline.errors import ConfigError
+from llm_streamline.errors import ConfigError, StreamlineError
 from llm_streamline.files import disk_full_in_words
-from llm_streamline.leaderboard.board import chosen_entries, entries_of, load_board
+from llm_streamline.leaderboard.board import Entry, chosen_entries, entries_of, load_board
 from llm_streamline.leaderboard.page import draw
 from llm_streamline.leaderboard.records import Record, Shelf
 from llm_streamline.leaderboard.run import Runner, in_process_of_its_own, recorded, run_board
@@ -68,6 +68,7 @@ def make_leaderboard(
                 wanted,
                 shelf,
                 fingerprints=fingerprints,
+                is_current=_is_current,
                 runner=runner,
                 limit_seconds=None if limit_minutes is None else 60 * limit_minutes,
                 retry=retry,
@@ -86,6 +87,13 @@ def _opened(shelf: Shelf, dry_run: bool) -> Iterator[None]:
         return
     with shelf.held():
         yield
+
+
+def _is_current(entry: Entry, key: str) -> bool:
+    try:
+        return entry.key(_fingerprint(entry.source)) == key
+    except StreamlineError:  # it cannot be read any more
+        return False
 
 
 def _fingerprint(source: str) -> str:

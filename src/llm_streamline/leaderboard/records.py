@@ -19,7 +19,7 @@ from pydantic import Field
 
 from llm_streamline.errors import OutputError, StreamlineError
 from llm_streamline.files import saving
-from llm_streamline.output import TOOL_FOLDER, open_output, write_json
+from llm_streamline.output import TOOL_FOLDER, open_output, remove_manifest, write_json
 from llm_streamline.runs.lock import locked
 from llm_streamline.schema import FrozenModel, parse
 
@@ -184,8 +184,8 @@ class Shelf:
         target.mkdir(parents=True, exist_ok=True)
         write_json(ledger, {stage: entry for stage, entry in done.items() if stage in _SHARED_STAGES})
 
-    def take(self, key: str, keep_weights: bool) -> bool:
-        """Copy the small files of a finished run, the manifest last; then remove the run unless weights are kept.
+    def take(self, key: str) -> bool:
+        """Copy the small files of a finished run, the manifest last.
 
         Returns:
             Whether the result is a stock checkpoint.
@@ -195,9 +195,12 @@ class Shelf:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("work", _MANIFEST))
         shutil.copy2(source / _MANIFEST, target / _MANIFEST)
-        if not keep_weights:
-            shutil.rmtree(self.run(key), ignore_errors=True)
         return stock
+
+    def discard(self, key: str) -> None:
+        """Remove the folder that a run worked in; its manifest first: half removed it must not look finished."""
+        remove_manifest(self.run(key))
+        shutil.rmtree(self.run(key), ignore_errors=True)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ Each run is `compress` in a process of its own, so that memory is given back and
 one recorded failure. The command that is recorded is the command that was run.
 """
 
+import os
 import shlex
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llm_streamline.errors import OutputError, StreamlineError
@@ -19,12 +21,17 @@ from llm_streamline.files import write_text
 from llm_streamline.leaderboard.board import Entry
 from llm_streamline.leaderboard.records import Record, Shelf, Status
 from llm_streamline.logs import get_logger, progress_bar
-from llm_streamline.output import is_complete
+from llm_streamline.output import is_complete, remove_manifest
+from llm_streamline.runs.lock import AT_WORK
 
 _GRACE_SECONDS = 120.0  # for a run that was asked to stop: it finishes its step and saves it
 _DISK_FULL = "OutputError: the disk is full"
 _LEAST_FREE = 64 * 1024  # bytes: hardly a results file
+_CHANGED = "the model or a file that it reads changed since this call began; the same command goes on with the new one"
 _TOLD_TO_STOP = (130, 143)  # exit codes of a run that a signal ended in good order
+# Ctrl-C and `timeout` tell a whole process group: a run that is told by them and by us would take it for the second
+# time, which stops at once, and lose its last steps.
+_ALONE = {"stdin": subprocess.DEVNULL} | ({"process_group": 0} if os.name == "posix" else {})
 log = get_logger()
 
 
@@ -44,6 +51,7 @@ def run_board(
     shelf: Shelf,
     *,
     fingerprints: Callable[[str], str],
+    is_current: Callable[[Entry, str], bool],
     runner: Runner,
     limit_seconds: float | None = None,
     retry: bool = False,
@@ -56,6 +64,8 @@ def run_board(
         entries: the runs, in order.
         shelf: the leaderboard's folder.
         fingerprints: model source -> fingerprint; raises StreamlineError for a model that cannot be read.
+        is_current: whether an entry's model and files, as they are now, still make the key that it had when the call
+            began: what changes meanwhile must not be recorded under the name of what was there before.
         runner: makes one run.
         limit_seconds: when it is over, the run that is under way is stopped; the next call goes on.
         retry: also runs that were refused or failed before.
@@ -75,9 +85,13 @@ def run_board(
                 if left is not None and left <= 0:
                     record = record.model_copy(update={"status": "pending", "reason": "no time was left for it"})
                 elif fingerprints_known(record):
-                    shared = entry.measured_key(fingerprints(entry.source))
-                    record = _run(entry, record, shelf, shared, runner, left, keep_weights)
-                    after_each()
+                    if is_current(entry, record.key):
+                        shared = entry.measured_key(fingerprints(entry.source))
+                        still = partial(is_current, entry, record.key)
+                        record = _run(entry, record, shelf, shared, runner, still, left, keep_weights)
+                        after_each()
+                    else:
+                        record = _changed(entry, record, shelf)
             records.append(record)
             bar.advance()
     return records
@@ -96,6 +110,7 @@ def recorded(entry: Entry, shelf: Shelf, fingerprints: Callable[[str], str]) -> 
     except StreamlineError as refusal:
         key, problem = f"unread-{entry.key('')}", f"{type(refusal).__name__}: {refusal}"
     found = record = shelf.load(key)
+    command = shlex.join(["llm-streamline", *_arguments(entry, shelf.recipe(key), shelf.run(key))])
     if record is not None and record.status == "done" and not shelf.has_result(key):
         record = record.model_copy(update={"status": "pending", "reason": "its results are gone"})
     if record is None:
@@ -108,10 +123,10 @@ def recorded(entry: Entry, shelf: Shelf, fingerprints: Callable[[str], str]) -> 
             tokens=entry.tokens,
             seed=entry.seed,
             note=entry.note,
-            command=shlex.join(["llm-streamline", *_arguments(entry, shelf.recipe(key), shelf.run(key))]),
+            command=command,
         )
-    named = {name: getattr(entry, name) for name in ("model", "method", "note", "reference")}  # may change, content not
-    record = record.model_copy(update=named)
+    named = {name: getattr(entry, name) for name in ("model", "source", "method", "note", "reference")}
+    record = record.model_copy(update=named | {"command": command})  # names and places may change, content not
     if problem:
         record = record.model_copy(update={"status": "refused", "reason": problem})
     write_text(shelf.recipe(key), f"# {entry.label}\n# run: {record.command}\n{entry.recipe_yaml()}")
@@ -121,7 +136,14 @@ def recorded(entry: Entry, shelf: Shelf, fingerprints: Callable[[str], str]) -> 
 
 
 def _run(
-    entry: Entry, record: Record, shelf: Shelf, shared: str, runner: Runner, left: float | None, keep_weights: bool
+    entry: Entry,
+    record: Record,
+    shelf: Shelf,
+    shared: str,
+    runner: Runner,
+    still: Callable[[], bool],
+    left: float | None,
+    keep_weights: bool,
 ) -> Record:
     log.info("%s", entry.label)
     key, started, stock = record.key, time.monotonic(), record.stock
@@ -130,14 +152,27 @@ def _run(
         ending = runner(entry, shelf.recipe(key), shelf.run(key), shelf.log(key), left)
     else:
         ending = Ending("done")  # finished by a call that was killed before it could say so
+    if not still():
+        remove_manifest(shelf.run(key))  # `compress` looks at its own keys where it goes on; it is never taken as it is
+        return _changed(entry, record, shelf)
     if ending.status == "done":
         shelf.borrow(shared, key)
-        stock = shelf.take(key, keep_weights)
+        stock = shelf.take(key)
     else:
         log.warning("%s: %s: %s", entry.label, ending.status, ending.reason)
     seconds = round(record.seconds + time.monotonic() - started, 1)
     update = {"status": ending.status, "reason": ending.reason, "seconds": seconds, "stock": stock}
     record = record.model_copy(update=update)
+    shelf.write(record)
+    if record.status == "done" and not keep_weights:
+        shelf.discard(key)  # after the record: killed in between, the run is taken once more, not made once more
+    return record
+
+
+def _changed(entry: Entry, record: Record, shelf: Shelf) -> Record:
+    """Leave a run for the next call: what it would read, or has read, is not what its key stands for."""
+    log.warning("%s: %s", entry.label, _CHANGED)
+    record = record.model_copy(update={"status": "pending", "reason": _CHANGED})
     shelf.write(record)
     return record
 
@@ -146,7 +181,7 @@ def in_process_of_its_own(entry: Entry, recipe: Path, out: Path, log_file: Path,
     """Run `compress` as a user would, and tell from its exit code how it ended."""
     command = [sys.executable, "-m", "llm_streamline.cli", *_arguments(entry, recipe, out)]
     with log_file.open("a", encoding="utf-8") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(command, **_ALONE, stdout=subprocess.DEVNULL, stderr=said)
         try:
             code = process.wait(left)
         except subprocess.TimeoutExpired:
@@ -159,6 +194,8 @@ def in_process_of_its_own(entry: Entry, recipe: Path, out: Path, log_file: Path,
         return Ending("done")
     if code in _TOLD_TO_STOP:
         return Ending("pending", "stopped by a signal; the next call goes on where it was")
+    if code == 2 and AT_WORK in _last_line(log_file):  # it outlived a call that was killed: it may finish
+        return Ending("pending", _last_line(log_file))
     if code == 2 and _disk_is_full(log_file):
         raise OutputError(f"the disk is full: free some space, then run again; {entry.label} goes on where it was")
     if code < 0:

@@ -25,6 +25,7 @@ except ImportError:  # Windows: what the file says decides
     fcntl = None
 
 LOCK_FILE = "lock.json"
+AT_WORK = "another run is at work in"  # how a refusal begins
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 log = get_logger()
 
@@ -108,7 +109,7 @@ def _refusal(path: Path, holder: dict[str, Any], *, sure: bool) -> str:
     advice = "wait for it or stop it, or choose another folder"
     if not sure and holder["host"] != socket.gethostname():
         advice += f"; if it is gone, delete {path}"
-    return f"another run is at work in {out}: {_name(holder)}; {advice}"
+    return f"{AT_WORK} {out}: {_name(holder)}; {advice}"
 
 
 def _holder(handle: int) -> dict[str, Any]:
