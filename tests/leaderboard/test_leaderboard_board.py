@@ -52,6 +52,20 @@ def test_settings_lie_over_common_keys_over_the_recipe_and_budgets_over_all(plac
     assert (mine.recipe.target.layers, mine.recipe.training.tokens, mine.recipe.seed) == (9, 0, 5)
 
 
+def test_a_section_written_as_a_mapping_leaves_the_common_keys_of_that_section(place):
+    nested = "{selection: {verify: 1}, training: {heal: {rank: 4}}, text: {sources: [self]}}"
+    common = "common: {training.heal.alpha: 3.0, selection: {options: {candidates: mean}}, "
+    changed = BOARD.replace("common: {", common).replace("{selection.verify: 1}", nested)
+    (place / "board.yaml").write_text(changed)
+    (place / "mine.yaml").write_text("")
+    mine = next(e for e in expanded(place) if e.method == "mine").recipe
+    assert (mine.selection.verify, mine.selection.options) == (1, {"candidates": "mean"})
+    assert (mine.training.heal.rank, mine.training.heal.alpha) == (4, 3.0)
+    assert (mine.text.seq_len, mine.text.sources) == (64, ("self",))
+    with pytest.raises(ConfigError, match=r"--set: target\.layers"):
+        expanded(place, {"target": {"layers": 4}})
+
+
 def test_a_run_is_named_by_its_content(place, tmp_path):
     first = expanded(place)[0]
     assert first.key("model") == expanded(place)[0].key("model")
@@ -61,12 +75,29 @@ def test_a_run_is_named_by_its_content(place, tmp_path):
     names = []
     for content in ("one", "two"):
         text.write_text(content)
-        fresh = expanded(place, {"text.sources": [str(text)]})[0]
-        from llm_streamline.leaderboard import board
-
-        board._content.cache_clear()
-        names.append(fresh.key("model"))
+        names.append(expanded(place, {"text.sources": [str(text)]})[0].key("model"))
     assert names[0] != names[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "name"),
+    [
+        ("text.txt", "text.sources", "~/text.txt"),
+        ("a[1].txt", "evaluation.perplexity", "{home}/a[1].txt"),
+        ("deep/er/text.txt", "text.sources", "{home}/**/*.txt"),
+        ("story.txt", "evaluation.tasks", "continuation:{home}/story.txt"),
+        ("tasks/one.yaml", "evaluation.tasks", "{home}/tasks"),
+    ],
+)
+def test_every_file_that_a_run_reads_is_of_its_content(place, monkeypatch, file, key, name):
+    monkeypatch.setenv("HOME", str(place))
+    path = place / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = set()
+    for content in ("one", "three"):
+        path.write_text(content)
+        keys.add(expanded(place, {key: [name.format(home=place)]})[0].key("model"))
+    assert len(keys) == 2
 
 
 def test_how_it_would_be_trained_names_no_run_that_is_not_trained(place):
@@ -92,12 +123,20 @@ def test_filters(place, only, labels):
     assert {e.label for e in chosen_entries(expanded(place), only)} == labels
 
 
+def test_a_model_is_found_by_its_name_whatever_is_in_it(place):
+    (place / "board.yaml").write_text(BOARD.replace("small:", "'a[1] *':"))
+    assert {e.model for e in chosen_entries(expanded(place), ["model=a[1] *"])} == {"a[1] *"}
+
+
 @pytest.mark.parametrize(
     ("only", "sentence"),
     [
         (["layer=9"], "no key 'layer'. Did you mean 'layers'?"),
         (["layers=many"], "'many' is no count"),
-        (["sleb"], "lets no run through; methods of this board: cosine, mine"),
+        (["sleb"], "no run of this board has method 'sleb'. Known: cosine, mine"),
+        (["cosine", "mien"], "no run of this board has method 'mien'"),
+        (["layers=3,4"], "no run of this board has layers '4'. Known: 3, 6, 9"),
+        (["mine", "layers=3"], "lets no run through"),
     ],
 )
 def test_wrong_filters_are_refused(place, only, sentence):
@@ -113,6 +152,10 @@ def test_wrong_filters_are_refused(place, only, sentence):
         (("selection.verify: 1", "selection.verif: 1"), "method 'mine'.*Did you mean 'verify'"),
         (("mine.yaml", "yours.yaml"), "method 'mine': no recipe at"),
         (("256k", "lots"), "'lots' is no count"),
+        (("{small: demo, other: /nowhere}", "[{small: demo}]"), "models: Input should be a valid dictionary"),
+        (("seeds: [5]", "seeds: []"), "at least 1 item"),
+        (("selection.verify: 1", "training.tokens: 9"), "method 'mine': training.tokens is what .* as `tokens: "),
+        (("text.seq_len: 64", "seed: 3"), "common: seed is what .* as `seeds: "),
         ((BOARD, "- a\n- b"), "a specification is a mapping"),
         (("title: Two", "title: [Two"), "cannot be read as a specification"),
     ],

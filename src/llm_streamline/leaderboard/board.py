@@ -7,15 +7,16 @@ combination is one run of `compress`, named by the content of all that it depend
 import fnmatch
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from llm_streamline.config import Recipe, load_recipe, parse_count
 from llm_streamline.data.spec import parse_spec
@@ -24,6 +25,8 @@ from llm_streamline.schema import FrozenModel, did_you_mean, parse
 from llm_streamline.version import __version__
 
 _FILTER_KEYS = ("method", "model", "layers", "tokens", "seed")
+CONTINUATION = "continuation:"  # begins a task that is made of a text
+_BUDGETS = {"target.layers": "layers", "training.tokens": "tokens", "seed": "seeds"}  # recipe key -> the board's
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
 
 
@@ -33,9 +36,9 @@ class Entrant(FrozenModel):
     name: str = Field(pattern=_NAME, description="how tables and --only call it")
     recipe: str | None = Field(None, description="recipe file, relative to the specification; none: the default recipe")
     settings: dict[str, Any] = Field({}, description="recipe keys, dotted, laid over the recipe")
-    layers: tuple[PositiveInt, ...] | None = None
-    tokens: tuple[NonNegativeInt, ...] | None = None
-    seeds: tuple[NonNegativeInt, ...] | None = None
+    layers: tuple[PositiveInt, ...] | None = Field(None, min_length=1)
+    tokens: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
+    seeds: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
     note: str = Field("", description="one sentence for the page")
     reference: bool = Field(False, description="something to compare with, no candidate for the default")
 
@@ -58,7 +61,9 @@ class Board(FrozenModel):
     @field_validator("models", mode="before")
     @classmethod
     def _name_models(cls, value: Any) -> Any:
-        return {str(name): str(name) for name in value} if isinstance(value, list) else value
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            return {name: name for name in value}
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "Board":
@@ -149,24 +154,48 @@ def entries_of(board: Board, base: Path, overrides: dict[str, Any] | None = None
         overrides: recipe keys laid over everything but the budgets; from the command line.
 
     Raises:
-        ConfigError: if a recipe cannot be read, or a setting does not fit; the message names the method.
+        ConfigError: if a recipe cannot be read, or a setting does not fit or is a budget; the message names the method.
     """
     found = []
+    common, given = _settings(board.common, "common"), _settings(overrides or {}, "--set")
     for one in board.methods:
         recipe = None if one.recipe is None else base / one.recipe
+        settings = {**common, **_settings(one.settings, f"method '{one.name}'"), **given}
         for model, source in board.models.items():
             for layers in one.layers or board.layers:
-                for tokens in board.tokens if one.tokens is None else one.tokens:
+                for tokens in one.tokens or board.tokens:
                     for seed in one.seeds or board.seeds:
                         budget = {"target.layers": layers, "training.tokens": tokens, "seed": seed}
-                        settings = {**board.common, **one.settings, **(overrides or {}), **budget}
                         try:
-                            wanted = load_recipe(recipe, settings)
+                            wanted = load_recipe(recipe, {**settings, **budget})
                         except ConfigError as problem:
                             raise ConfigError(f"method '{one.name}': {problem}") from None
                         named = (model, source, one.name, layers, tokens, seed)
                         found.append(Entry(*named, wanted, one.note, one.reference))
     return sorted(found, key=lambda entry: (entry.tokens, entry.seed))
+
+
+def _settings(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Recipe keys, dotted: one written as a mapping must not take the other keys of its section away.
+
+    Raises:
+        ConfigError: if one is a budget, which the board would set to something else.
+    """
+    dotted = dict(_leaves(given, Recipe))
+    for key, name in _BUDGETS.items():
+        if key in dotted:
+            raise ConfigError(f"{where}: {key} is what the board compares at; write it as `{name}: [...]`")
+    return dotted
+
+
+def _leaves(given: dict[str, Any], model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        field = model.model_fields.get(key)
+        section = field.annotation if field is not None and isinstance(value, dict) else None
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from _leaves(value, section, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def chosen_entries(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
@@ -178,7 +207,7 @@ def chosen_entries(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]
             have `*`. Several filters of one key widen it, filters of different keys narrow it.
 
     Raises:
-        ConfigError: if a key is unknown, or nothing is let through.
+        ConfigError: if a key is unknown, no run of the board has one of the values, or nothing is let through.
     """
     wanted: dict[str, list[str]] = {}
     for term in only:
@@ -194,13 +223,21 @@ def chosen_entries(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]
             except ValueError as problem:
                 raise ConfigError(f"--only {term}: {problem}") from None
 
-    def passes(entry: Entry) -> bool:
-        return all(any(fnmatch.fnmatch(str(getattr(entry, k)), v) for v in values) for k, values in wanted.items())
+    def fits(entry: Entry, key: str, value: str) -> bool:
+        has = str(getattr(entry, key))
+        return has == value or fnmatch.fnmatchcase(has, value)
 
+    def passes(entry: Entry) -> bool:
+        return all(any(fits(entry, key, value) for value in values) for key, values in wanted.items())
+
+    for key, values in wanted.items():
+        for value in values:  # a slip of the pen must not be lost beside a value that is right
+            if not any(fits(entry, key, value) for entry in entries):
+                known = ", ".join(dict.fromkeys(str(getattr(entry, key)) for entry in entries))
+                raise ConfigError(f"--only: no run of this board has {key} '{value}'. Known: {known}")
     found = [entry for entry in entries if passes(entry)]
     if not found:
-        known = ", ".join(dict.fromkeys(entry.method for entry in entries))
-        raise ConfigError(f"--only {' '.join(only)} lets no run through; methods of this board: {known}")
+        raise ConfigError(f"--only {' '.join(only)} lets no run through: no run of this board has all of them at once")
     return found
 
 
@@ -224,13 +261,28 @@ def read_settings(given: Sequence[str]) -> dict[str, Any]:
 
 def _files(recipe: Recipe) -> list[str]:
     """The local files whose content a run depends on."""
-    specs = [*recipe.text.sources, *recipe.evaluation.perplexity]
-    sources = [parse_spec(spec) for spec in specs]
-    names = [one.source for one in sources if one.kind == "files"] + list(recipe.evaluation.tasks)
-    return sorted(path for name in names for path in glob(name) if Path(path).is_file())
+    tasks = recipe.evaluation.tasks
+    texts = [name.removeprefix(CONTINUATION) for name in tasks if name.startswith(CONTINUATION)]
+    sources = [parse_spec(spec) for spec in (*recipe.text.sources, *recipe.evaluation.perplexity, *texts)]
+    names = [one.source for one in sources if one.kind == "files"] + list(tasks)
+    return sorted(path for name in names for path in _matches(os.path.expanduser(name)))
+
+
+def _matches(name: str) -> list[str]:
+    """The files that a path, a glob or a folder of tasks stands for, as `data.files` finds them."""
+    if os.path.isfile(name):  # its name may hold what looks like a glob
+        return [name]
+    found = glob(f"{escape(name)}/**" if os.path.isdir(name) else name, recursive=True)
+    return [path for path in found if os.path.isfile(path)]
+
+
+def _content(path: str) -> str:
+    """The hash of a file; read again when it was written since."""
+    found = os.stat(path)
+    return _hash(path, found.st_size, found.st_mtime_ns)
 
 
 @cache
-def _content(path: str) -> str:
+def _hash(path: str, _size: int, _mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
