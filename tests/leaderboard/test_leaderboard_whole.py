@@ -144,6 +144,15 @@ def test_the_command_draws_a_folder_again_and_lists_without_running(made, place)
     assert "done     tiny/layer/2/256/0" in listed
 
 
+@pytest.mark.parametrize("more", [["--only", "remove", "--retry"], ["-o", "elsewhere"], ["--dry-run"]])
+def test_a_folder_is_drawn_and_what_wants_its_specification_is_refused(made, place, monkeypatch, capsys, more):
+    monkeypatch.setattr(sys, "argv", ["llm-streamline", "leaderboard", str(place / "out"), *more])
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 2
+    assert "wants its specification" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_runs_in_processes_of_their_own(place):
     command = ["leaderboard", place / "board.yaml", "-o", place / "apart", "--only", "method=remove,nothing-such"]

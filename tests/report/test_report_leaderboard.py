@@ -5,6 +5,7 @@ import html.parser
 import json
 import math
 import re
+import shlex
 import statistics
 
 import pytest
@@ -173,6 +174,24 @@ def test_a_ruin_does_not_flatten_the_others_and_no_circle_hides_another():
     assert "ratio 1e+08" in scatter([*spots, Spot("C", "ruin", 5.0, 1e8)], at_most=100.0, **settings)
 
 
+def test_as_many_methods_as_there_are(shelf):
+    title, known = shelf.board()
+    records = [known[0].model_copy(update={"method": f"m{i}"}) for i in range(60)]
+    shelf.write_board(title, records)
+    assert len(draw(shelf)["rows"]) == 60
+    letters = re.findall(r'key-letter">(\w+)</b> m', (shelf.out / "leaderboard.html").read_text())
+    assert len(set(letters)) == 60
+
+
+def test_what_the_specification_says_of_a_method_is_on_the_page(shelf):
+    title, records = shelf.board()
+    shelf.write_board(title, [one.model_copy(update={"note": f"<i>{one.method}</i>, as it is"}) for one in records])
+    assert draw(shelf)["rows"][0]["note"] == "<i>first</i>, as it is"
+    page = (shelf.out / "leaderboard.html").read_text()
+    assert "first: <small>&lt;i&gt;first&lt;/i&gt;, as it is</small>" in page
+    assert page.count("as it is</small>") == 2  # of methods that have a row
+
+
 def test_a_board_without_results_has_a_page(tmp_path):
     shelf = Shelf(tmp_path / "empty")
     shelf.open()
@@ -327,8 +346,11 @@ def own_paths(shelf):
         (tool / "results.json").write_text(text.replace(f'"{name}"', '"/home/me/held out/news.txt"'))
         shelf.recipe(key).write_text(
             "# run: llm-streamline compress /home/me/model -o /home/me/board/runs/x\n"
-            "text: {sources: [0.5*/home/me/a.jsonl#body, 'hub:org/set', builtin]}\n"
-            "evaluation: {perplexity: ['/home/me/held out/news.txt'], tasks: [/home/me/q.jsonl, arc_easy]}\n"
+            "text: {sources: [0.5*/home/me/a.jsonl#body, 'hub:org/set', builtin, texts/b.txt]}\n"
+            "evaluation: {perplexity: ['/home/me/held out/news.txt'], "
+            "tasks: [/home/me/q.jsonl, arc_easy, 'continuation:/home/me/c.txt']}\n"
+            "cache_states: /home/me/cache\n"
+            "training: {arguments: {logging_dir: ~/logs, optim: adamw_torch}}\n"
         )
     broken = shelf.load("c0").model_copy(update={"reason": "OutputError: /home/me/board/runs/c0 cannot be written"})
     shelf.write(broken)
@@ -340,8 +362,11 @@ def test_what_is_handed_on_names_no_folder_of_this_machine(own_paths, tmp_path):
     for path in folder.rglob("*.*"):
         assert "/home/me" not in path.read_text(), path
     recipe = yaml.safe_load((folder / "recipes" / "a0.yaml").read_text())
-    assert recipe["text"]["sources"] == ["0.5*a.jsonl#body", "hub:org/set", "builtin"]
-    assert recipe["evaluation"] == {"perplexity": ["news.txt"], "tasks": ["q.jsonl", "arc_easy"]}
+    assert recipe["text"]["sources"] == ["0.5*a.jsonl#body", "hub:org/set", "builtin", "b.txt"]
+    assert recipe["evaluation"]["perplexity"] == ["news.txt"]
+    assert recipe["evaluation"]["tasks"] == ["q.jsonl", "arc_easy", "continuation:c.txt"]
+    assert recipe["cache_states"] == "cache"
+    assert recipe["training"] == {"arguments": {"logging_dir": "logs", "optim": "adamw_torch"}}
     data = json.loads((folder / "leaderboard.json").read_text())
     assert data["rows"][0]["commands"][0] == "llm-streamline compress demo -o OUT --recipe recipes/a0.yaml"
     assert data["rows"][0]["evaluation"] == draw(own_paths)["rows"][0]["evaluation"]
@@ -349,6 +374,29 @@ def test_what_is_handed_on_names_no_folder_of_this_machine(own_paths, tmp_path):
     assert "| first (2 seeds) |" in tables
     assert "fourth (9/0/0)" in tables
     assert "c0 cannot be written" in tables
+
+
+def test_models_called_by_their_paths_are_handed_on_by_their_names(own_paths, tmp_path):
+    title, records = own_paths.board()
+    paths = {"first": "/home/me/a/my model", "second": "/home/me/b/my model"}
+    moved = [one.model_copy(update={"model": paths.get(one.method, "demo")}) for one in records]
+    for one in moved:
+        own_paths.write(one.model_copy(update={"source": one.model}))
+    own_paths.write_board(title, moved)
+    folder = share(own_paths, tmp_path / "shared")
+    for path in folder.rglob("*.*"):
+        assert "/home/me" not in path.read_text(), path
+    rows = json.loads((folder / "leaderboard.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["my model", "my model (2)"]
+    assert shlex.split(rows[0]["commands"][0])[:4] == ["llm-streamline", "compress", "my model", "-o"]
+
+
+def test_a_board_is_not_handed_on_into_itself(own_paths):
+    draw(own_paths)
+    before = (own_paths.out / "leaderboard.json").read_text()
+    with pytest.raises(OutputError, match="in which a leaderboard is made"):
+        share(own_paths, own_paths.out)
+    assert (own_paths.out / "leaderboard.json").read_text() == before
 
 
 def test_sharing_again_leaves_nothing_stale_and_nothing_foreign_is_touched(own_paths, tmp_path):

@@ -48,6 +48,14 @@ def leaderboard(
     from llm_streamline.leaderboard.records import Shelf
 
     if spec.is_dir():
+        of_a_run = {"--out": out, "--only": only, "--limit-minutes": limit_minutes, "--text": text, "--tasks": tasks}
+        of_a_run |= {"--perplexity": perplexity, "--set": settings, "--device": device, "--retry": retry}
+        of_a_run |= {"--keep-weights": keep_weights, "--dry-run": dry_run}
+        if meant := [name for name, value in of_a_run.items() if value]:
+            raise ConfigError(
+                f"{spec} is a leaderboard's folder, which is drawn again as it stands: {', '.join(meant)} wants its "
+                "specification (.yaml)"
+            )
         terminal.show_leaderboard(draw(Shelf(spec)), [], as_json)
         if share is not None:
             from llm_streamline.leaderboard.share import share as hand_on

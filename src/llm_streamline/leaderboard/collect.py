@@ -69,6 +69,7 @@ class Row:
     taken_out: tuple[int, ...] | None = None  # original layers that leave; None: others than that, or not for all seeds
     is_plain: bool = False  # layers leave, nothing comes in their place, nothing is trained
     reference: bool = False  # shown, but does not stand for the default
+    note: str = ""  # what the specification says of the method
     developments: tuple[Estimate | None, ...] = field(default=(), repr=False)  # of each seed
     evaluations: tuple[Estimate | None, ...] = field(default=(), repr=False)  # of each seed
 
@@ -146,6 +147,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
         taken_out=_same([taken_out(plan) for plan in plans if plan], None),
         is_plain=all(plan and is_plain_removal(plan) for plan in plans) and not any(run.training for _, run in members),
         reference=any(record.reference for record, _ in members),
+        note=members[0][0].note,
         developments=developments,
         evaluations=evaluations,
     )

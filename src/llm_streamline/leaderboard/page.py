@@ -1,6 +1,7 @@
 """The leaderboard's page and its plain data, from rows and records alone. No torch, no model."""
 
 import dataclasses
+import itertools
 import math
 import string
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,7 @@ class View:
                 pending=[record for record in others if record.status == "pending"],
                 commands=[(row, words.count(row.tokens), row.commands) for row in rows],
                 keys=keys,
+                notes={row.method: row.note for row in rows if row.note},
                 **more,
             )
         )
@@ -125,7 +127,7 @@ def _boards(rows: Sequence[Row]) -> Iterator[tuple[str, int, list[Row]]]:
 
 
 def _letters() -> Iterator[str]:
-    for size in (1, 2):
+    for size in itertools.count(1):
         yield from (letter * size for letter in string.ascii_uppercase)
 
 
