@@ -12,6 +12,7 @@ from llm_streamline.errors import NumericsError, TaskError
 from llm_streamline.evaluation.answers import Answer, Answers, group_of, read_answers
 from llm_streamline.evaluation.stability import (
     average,
+    bootstrap_intervals,
     compare_answers,
     compare_logs,
     mcnemar_p,
@@ -131,6 +132,24 @@ def test_the_interval_covers_the_value_and_is_the_same_for_a_seed():
     assert found.stability_interval.low < found.stability < found.stability_interval.high
     assert found.match_rate_interval.high - found.match_rate_interval.low == pytest.approx(4 * 0.5 / 300**0.5, rel=0.2)
     assert found == compare_answers(*pair, "nll", bootstrap=400, seed=3)
+
+
+def test_the_interval_is_that_of_questions_drawn_again():
+    """Against a bootstrap written down: a question that is drawn twice weighs twice."""
+    draw = np.random.default_rng(1)
+    sigma, kept = draw.normal(size=40) * 2, draw.random(40) < 0.7
+    rows = draw.integers(40, size=(4000, 40))
+    weights = np.exp(sigma)[rows]
+    weighted, plain = (weights * kept[rows]).sum(1) / weights.sum(1), kept[rows].mean(1)
+    for found, truth in zip(bootstrap_intervals(sigma, kept, 4000, 0), (weighted, plain), strict=True):
+        assert (found.low, found.high) == pytest.approx(tuple(np.quantile(truth, [0.025, 0.975])), abs=0.025)
+        assert found.level == 0.95
+
+
+def test_a_flip_is_a_flip_in_either_direction():
+    found = compare_answers(answers([1, 0, 1, 1], [1] * 4), answers([0, 1, 1, 1], [1] * 4), "nll", **OPTIONS)
+    assert (found.tf, found.ft, found.flips) == (1, 1, 2)
+    assert average([found])[-1].flip_rate == 0.5
 
 
 def test_questions_that_differ_are_refused_by_name():

@@ -85,8 +85,16 @@ def test_only_one_gradient_exists_at_a_time_and_the_model_is_left_as_it_was(monk
 
 
 def test_half_precision_products_do_not_vanish():
+    layer = torch.nn.Linear(4, 4, bias=False).half()
+    layer.weight.data.fill_(2**-12)
+    with gradients._reduced_gradients([layer]) as sums:
+        (layer.weight * 2**-14).sum().backward()
+    assert float(sums[0]) == 16 * 2**-26  # each product is a quarter of the smallest number float16 has
+
+
+def test_a_half_precision_model_is_scored_like_a_whole_one():
     model = tiny_model()
-    model.lm_head.weight.data.mul_(1e-4)  # gradients far below what the product could hold in float16
+    model.lm_head.weight.data.mul_(1e-4)
     whole = taylor(model, tiny_windows(2))
     half = taylor(model.bfloat16(), tiny_windows(2))
     torch.testing.assert_close(half, whole, rtol=0.1, atol=0)

@@ -46,6 +46,14 @@ def test_groups_weigh_by_their_tokens_and_empty_ones_are_left_out():
     assert (low, high) == (1.0, 5.0)
 
 
+def test_the_interval_weighs_groups_by_their_tokens_too():
+    weights = torch.arange(1.0, 65.0, dtype=torch.float64)
+    mean, low, high = bootstrap_mean_difference(weights, torch.zeros(64), weights, seed=0)  # large groups differ more
+    assert mean == pytest.approx(43)  # sum of squares over sum
+    half = 1.96 * float((weights**2 * (weights - 43) ** 2).sum().sqrt() / weights.sum())  # a ratio's standard error
+    assert (low, high) == pytest.approx((43 - half, 43 + half), abs=0.2 * half)
+
+
 def test_the_interval_depends_on_the_seed_alone():
     values = torch.randn(9, generator=torch.Generator().manual_seed(0))
     one = bootstrap_mean_difference(values, torch.zeros(9), torch.ones(9), seed=3)

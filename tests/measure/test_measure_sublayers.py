@@ -7,7 +7,7 @@ from tiny import TINY_ROWS, tiny_model
 from llm_streamline.arch import find_arch, get_layers, silence_attention, silence_mlp
 from llm_streamline.errors import ArchitectureError, NoDataError
 from llm_streamline.measure.stream import observe
-from llm_streamline.measure.sublayers import SublayerStats
+from llm_streamline.measure.sublayers import SublayerStats, _turn
 
 
 def measured(model, windows, batch_tokens=48):
@@ -56,6 +56,14 @@ def test_batches_do_not_matter_and_hooks_are_gone_afterwards():
     model, windows = tiny_model(), tiny_windows(5)
     torch.testing.assert_close(measured(model, windows, 1), measured(model, windows, 10**6), rtol=1e-5, atol=1e-6)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_low_precision_states_are_measured_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(2, 40, 32, generator=generator).bfloat16()
+    after = before + (0.1 * torch.randn(2, 40, 32, generator=generator)).bfloat16()
+    truth = 1 - F.cosine_similarity(before.double(), after.double(), dim=-1).mean(1)
+    torch.testing.assert_close(_turn(before, after), truth, rtol=0, atol=1e-6)
 
 
 def test_parallel_sublayers_and_single_ones_are_refused():

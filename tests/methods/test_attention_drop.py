@@ -74,6 +74,9 @@ def test_by_loss_the_order_is_that_of_models_with_these_weights_at_zero(model, p
     losses = {sublayer: loss_with(model, [sublayer], probe.validation) for sublayer in free}
     plan = drop(probe, 2, part=part, score="loss")
     assert silent_in(plan) == sorted(sorted(free, key=losses.__getitem__)[:2])
+    _, last, kept, *_ = sorted(losses.values())
+    assert plan.selection.margin.quantity == "heldout_loss"
+    assert plan.selection.margin.difference == pytest.approx(kept - last, abs=1e-5)
 
 
 def test_greedy_equals_the_plain_algorithm(model):
@@ -86,6 +89,8 @@ def test_greedy_equals_the_plain_algorithm(model):
     plan = drop(probe, 3, part="both", score="greedy")
     assert silent_in(plan) == sorted(chosen)
     assert f"held-out loss {loss_with(model, chosen, probe.validation):.4f}" in plan.selection.notes[2]
+    best, second, *_ = sorted(losses.values())  # of the last round
+    assert plan.selection.margin.difference == pytest.approx(second - best, abs=1e-5)
 
 
 def test_a_greedy_round_shares_what_lies_below(model):

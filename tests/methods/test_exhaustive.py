@@ -51,7 +51,8 @@ def test_with_a_network_the_best_few_are_tried_again(model):
     chosen = min(few, key=lambda c: c.heldout_loss)
     assert isinstance(plan.edits[0], Replace)
     assert plan.selection.chosen == (chosen.start, chosen.stop)
-    _, losses = probe.losses([plan])
+    original, losses = probe.losses([plan])
+    assert plan.selection.original_loss == pytest.approx(float(original.mean()), rel=1e-6)
     assert chosen.heldout_loss == pytest.approx(float(losses[0].mean()), rel=1e-6)
 
 

@@ -185,6 +185,22 @@ def test_tokens_one_by_one_and_flattened_are_two_measures():
     assert found[0] != found[1]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("similarity", ["flattened", "tokens"])
+def test_the_similarity_is_that_of_the_first_tokens_of_a_few_sentences(similarity):
+    model, config = gentle_model(), LacoConfig(num_removed=1, similarity=similarity, sentences=2, sentence_tokens=5)
+    groups = [*(Group(i, i + 1) for i in range(6)), merge_groups([Group(6, 7), Group(7, 8)], config)]
+    edited, ids = copy.deepcopy(model), tiny_windows(4).input_ids.long()[:2, :5]
+    apply_plan(edited, module._plan(probe_of(model), groups))
+    one, other = (m.model(ids, use_cache=False).last_hidden_state.double() for m in (model, edited))
+    if similarity == "flattened":
+        one, other = one.flatten(1), other.flatten(1)
+    trial = Trial(probe_of(model), config)
+    assert trial.num_tokens == 10
+    truth = nn.functional.cosine_similarity(one, other, dim=-1).mean()
+    assert trial.similarity(groups) == pytest.approx(float(truth), rel=1e-5)
+
+
 def test_no_model_is_copied(monkeypatch):
     """The reference copies 13 billion parameters for every trial."""
     model, copied = gentle_model(), []

@@ -14,7 +14,7 @@ from llm_streamline.measure.stats import NUM_GROUPS, CosineStats
 from llm_streamline.measure.stream import observe
 from llm_streamline.methods.registry import MethodConfig, find_method, method_names
 from llm_streamline.methods.shortgpt import ShortgptConfig, shortgpt
-from llm_streamline.methods.streamline import StreamlineConfig, streamline
+from llm_streamline.methods.streamline import StreamlineConfig, keeps_massive, streamline
 from llm_streamline.plan import Network, Remove, Replace
 from llm_streamline.replacements.build import build_replacements
 from llm_streamline.replacements.starts import quick_start
@@ -133,6 +133,8 @@ def test_the_mean_cosine_alone_would_take_the_massive_layer_and_the_other_rankin
 
     paper = streamline(probe_with(model, sums, no_losses), StreamlineConfig(num_removed=2, verify=0))
     assert paper.edits[0].start == 0
+    found = paper.selection.candidates[0]
+    assert (found.similarity, found.similarity_first, found.similarity_rest) == pytest.approx((0.811, 0.01, 0.9))
     ours = streamline(probe_with(model, sums, losses), StreamlineConfig(num_removed=2, verify=2))
     assert tried == [4, 0]
     assert ours.edits[0].start == 4
@@ -147,6 +149,15 @@ def test_the_note_names_the_layer_of_the_massive_activation(model):
     plan = streamline(probe_with(model, sums), StreamlineConfig(num_removed=2, verify=0))
     assert "layer 1 makes a massive activation at the first token" in plan.selection.notes
     assert any("the chosen span holds layer 1" in note for note in plan.selection.notes)
+
+
+def test_a_massive_layer_that_a_network_starts_from_is_kept():
+    first, last = Network(kind="layer", init="first"), Network(kind="layer", init="last")
+    assert keeps_massive((2, 5), None, [1, 5])
+    assert not keeps_massive((2, 5), None, [2])
+    assert keeps_massive((2, 5), first, [2])
+    assert not keeps_massive((2, 5), first, [2, 4])
+    assert keeps_massive((2, 5), last, [4])
 
 
 def test_a_silent_layer_is_found_and_costs_nothing():
@@ -204,6 +215,7 @@ def test_shortgpt_takes_the_lowest_block_influence_wherever_it_is(model):
     probe = probe_with(model, statistics_from(table), no_losses)
     plan = shortgpt(probe, ShortgptConfig(num_removed=3))
     assert plan.edits == (Remove(start=1, stop=3), Remove(start=6, stop=7))
+    assert plan.selection.order == (6, 2, 1)  # equal: the deeper first
     assert plan.selection.notes[0] == "layer 1: Block Influence 0.1000"
 
 

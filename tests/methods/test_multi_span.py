@@ -84,7 +84,9 @@ def test_every_candidate_leaves_as_many_layers_as_a_single_span_would(model, kin
         assert all(stop - start > added for start, stop in candidate.spans)
         if kind == "linear":
             assert candidate.start > 0
-    assert f"{3 + len(plan.edits) * added} layers leave" in plan.selection.convention
+    back = len(plan.edits) * added
+    assert f"{3 + back} layers leave" in plan.selection.convention
+    assert f"{back} come back, 5 remain" in plan.selection.convention
 
 
 def test_the_best_single_span_is_among_the_candidates(model):
@@ -98,6 +100,21 @@ def test_the_best_single_span_is_among_the_candidates(model):
     for spans, loss in losses.items():
         layers = [i for start, stop in spans for i in range(start, stop)]
         assert loss == pytest.approx(loss_without(model, layers, probe.validation), rel=1e-6)
+    cost = 1 - probe.statistics().similarity
+    for candidate in plan.selection.candidates:
+        assert candidate.score == pytest.approx(sum(float(cost[start, stop]) for start, stop in candidate.spans))
+
+
+def test_sets_that_keep_a_massive_activation_are_tried_as_well(model):
+    probe = probe_of(model, with_statistics=True)
+    cost = (1 - probe.statistics().similarity).tolist()
+    ranked = [spans for _, spans in every_set(cost, 3, 0, 1, 1, 0)[1]]
+    massive = ranked[0][0][0] + 1  # the cheapest span of all would lose it
+    probe.statistics().sums.norm_sum_first[massive + 1 :] *= 1000
+    assert probe.statistics().massive_layers == [massive]
+    plan = multi_span(probe, MultiSpanConfig(num_removed=3, max_spans=1, verify=2))
+    sparing = next(spans for spans in ranked if massive not in range(*spans[0]))
+    assert [c.spans for c in plan.selection.candidates] == [sparing, ranked[0]]
 
 
 def test_by_loss_a_span_costs_what_its_removal_adds(model):

@@ -122,11 +122,11 @@ def test_no_span_starts_at_the_first_layer(name):
     assert plan.edits[0].start > 0
 
 
-def naive_prune_comp(model, count):
+def naive_prune_comp(model, count, windows):
     """Score, remove, multiply: with explicit modules in a copied model, no plan and no view."""
     layers = list(get_layers(model))
     ids = CALIBRATION.input_ids.long()
-    alive, factors = list(range(len(layers))), {}
+    alive, factors, scores = list(range(len(layers))), {}, {}
 
     @torch.no_grad()
     def states(alive, factors, ids):
@@ -155,26 +155,29 @@ def naive_prune_comp(model, count):
         }
         gone = min((layer for layer in alive if layer > 0), key=influence.__getitem__)
         alive.remove(gone)
+        scores[gone] = influence[gone]
+        ids = ids[:windows]  # the original is scored on all
         factors = {}
         for place, layer in enumerate(alive):
             following = alive[place + 1] if place + 1 < len(alive) else len(layers)
             if following > layer + 1:  # a cut behind this layer: its factor makes up for all that left there
                 own = states(alive, factors, TRAIN.input_ids.long())[place + 1]
                 factors[layer] = float((original[following].norm(dim=-1) / own.norm(dim=-1)).mean())
-    return sorted(set(range(len(layers))) - set(alive)), factors
+    return sorted(set(range(len(layers))) - set(alive)), factors, scores
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
-def test_prune_and_comp_does_what_the_naive_loop_does(count):
+@pytest.mark.parametrize(("count", "windows"), [(1, 6), (4, 6), (4, 1)])
+def test_prune_and_comp_does_what_the_naive_loop_does(count, windows):
     model = tiny_model()
-    expected, factors = naive_prune_comp(model, count)
-    plan = run("prune_comp", model, num_removed=count)
+    expected, factors, scores = naive_prune_comp(model, count, windows)
+    plan = run("prune_comp", model, num_removed=count, score_tokens=windows * 16)
     assert [i for start, stop in chosen(plan) for i in range(start, stop)] == expected
     found = probe_of(model).start(plan)
     for edit, replacement in zip(plan.edits, found, strict=True):
         assert replacement.map.log_scale.exp().item() == pytest.approx(factors[edit.start - 1], rel=1e-3)
-    notes = [int(note.split()[1].rstrip(":")) for note in plan.selection.notes]
-    assert sorted(notes) == expected
+    notes = [note.replace(":", "").split() for note in plan.selection.notes]
+    assert [int(words[1]) for words in notes] == list(scores)
+    assert [float(words[4]) for words in notes] == pytest.approx(list(scores.values()), abs=1e-4)
 
 
 def test_one_shot_scores_the_original_only():

@@ -1,6 +1,7 @@
 """Shortened LLaMA and the metrics of Reassessing: single layers, one shot."""
 
 import copy
+import math
 from collections import Counter
 
 import pytest
@@ -16,6 +17,7 @@ from llm_streamline.measure.scores import bootstrap_ranks
 from llm_streamline.methods.reassessing import ReassessingConfig, reassessing
 from llm_streamline.methods.shortened_llama import ShortenedLlamaConfig, shortened_llama
 from llm_streamline.methods.shortgpt import ShortgptConfig, shortgpt
+from llm_streamline.methods.single_layers import ranked_layers
 from llm_streamline.plan import Network, Remove
 from llm_streamline.schema import parse
 from llm_streamline.surgery import apply_plan
@@ -50,7 +52,9 @@ def test_taylor_ranks_by_the_taylor_score_of_the_first_calibration_windows(model
     scores = taylor(model, tiny_windows(2, seed=7)).mean(0).tolist()
     order = sorted(range(8), key=scores.__getitem__)
     options = {"criterion": "taylor", "protect_first": 0, "protect_last": 0, "gradient_tokens": 2 * 16}
-    assert list(shortened(probe, 4, **options).selection.order) == order[:4]
+    plan = shortened(probe, 4, **options)
+    assert list(plan.selection.order) == order[:4]
+    assert f"layer {order[0]}: sum of |w dL/dw| {scores[order[0]]:.5g}" in plan.selection.notes[1]
     # forward and twice as much backward, but once through the head that stays as it is; on two of four windows
     assert probe.forward_passes == pytest.approx((3 * 8 + 2 * probe.head_layers) / (8 + probe.head_layers) * 2 / 4)
 
@@ -78,6 +82,24 @@ def test_the_layers_with_the_smallest_weights_go_first(metric):
     assert by_metric(probe, 2, metric).selection.order == (6, 2)
     assert shortened(probe, 1, criterion="magnitude", protect_first=0, protect_last=2).selection.order == (2,)
     assert probe.forward_passes == 0
+
+
+@torch.no_grad()
+def test_l1_adds_up_weights_and_l2_their_squares():
+    model = tiny_model()
+    for layer, values in ((2, (0.97, 0.97)), (6, (1.9, 0.0))):
+        for other in model.model.layers if layer == 2 else ():
+            for parameter in other.parameters():
+                parameter.fill_(1.0)
+        for parameter in model.model.layers[layer].parameters():
+            parameter.view(-1)[::2], parameter.view(-1)[1::2] = values
+    # of each pair of weights: 2 elsewhere, 1.94 in layer 2 and 1.9 in layer 6; squared 2, 1.88 and 3.61
+    assert by_metric(probe_of(model), 1, "magnitude_l1").selection.order == (6,)
+    assert by_metric(probe_of(model), 1, "magnitude_l2").selection.order == (2,)
+
+
+def test_of_equal_layers_the_deeper_is_first():
+    assert ranked_layers({1: 0.5, 4: 0.5, 2: 0.1, 6: 0.9}) == [2, 4, 1, 6]
 
 
 def test_the_plus_protects_the_first_four_and_the_last_two(model):
@@ -131,15 +153,25 @@ def test_the_ranks_other_windows_might_have_given_are_named(model):
     notes = by_metric(probe_of(model), 2, "ppl").selection.notes
     assert "rank 1" in notes[1]
     assert "of 8" in notes[1]
-    assert "(perplexity " in notes[1]
+    layer, loss, perplexity = (float(notes[1].replace(":", "").split()[i].rstrip("),")) for i in (1, 6, 8))
+    assert loss == pytest.approx(loss_without(model, [int(layer)], tiny_windows(5)), rel=1e-4)
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
 
 
 def test_bootstrap_ranks_are_sharp_where_items_differ_and_wide_where_they_do_not():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(40, 3, generator=generator, dtype=torch.float64)
-    assert bootstrap_ranks(torch.tensor([0.0, 200.0, 100.0]) + noise, 0) == [(1, 1), (3, 3), (2, 2)]
+    assert bootstrap_ranks(torch.tensor([200.0, 0.0, 100.0]) + noise, 0) == [(3, 3), (1, 1), (2, 2)]
     ranks = bootstrap_ranks(noise - noise.mean(0), 0)
     assert all(low == 1 and high == 3 for low, high in ranks)
+
+
+@pytest.mark.parametrize(("errors", "ranks"), [(1.645, [(1, 2), (1, 2)]), (2.5, [(1, 1), (2, 2)])])
+def test_a_rank_that_one_draw_in_twenty_gives_is_named(errors, ranks):
+    """The second item is higher by so many standard errors: lower in 5 % and in 0.6 % of other windows."""
+    noise = torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lead = (noise - noise.mean()) / noise.std() + errors / 60**0.5
+    assert bootstrap_ranks(torch.stack([torch.zeros(60), lead], 1), 0) == ranks
 
 
 @pytest.mark.parametrize("config", [ShortenedLlamaConfig, ReassessingConfig])

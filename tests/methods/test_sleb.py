@@ -5,6 +5,7 @@ from plans import tiny_windows
 from probes import count_layer_calls, loss_without, probe_of, removed_by
 from tiny import tiny_model
 
+from llm_streamline.arch import find_arch, silence
 from llm_streamline.errors import ConfigError, PlanError
 from llm_streamline.methods.sleb import SlebConfig, sleb
 from llm_streamline.plan import Network
@@ -26,18 +27,28 @@ def greedy(model, windows, count, first=1, last=1):
         found = {layer: loss_without(model, [*removed, layer], windows) for layer in free}
         removed.append(min(free, key=found.__getitem__))
         losses.append(found[removed[-1]])
-    return removed, losses
+    return removed, losses, sorted(found.values())[:2]
 
 
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (0, 0), (3, 2)])
 def test_equals_the_plain_algorithm(model, first, last):
     probe = probe_of(model)
     plan = sleb(probe, SlebConfig(num_removed=3, protect_first=first, protect_last=last))
-    order, losses = greedy(model, probe.validation, 3, first, last)
+    order, losses, lowest = greedy(model, probe.validation, 3, first, last)
     assert list(plan.selection.order) == order
     assert removed_by(plan) == sorted(order)
     assert f"loss {losses[-1]:.4f}" in plan.selection.notes[-1]
+    margin = plan.selection.margin  # to the next best of the last round, where there is one
+    assert (margin and margin.difference) == (pytest.approx(lowest[1] - lowest[0], abs=1e-5) if lowest[1:] else None)
     assert plan.selection.original_loss == pytest.approx(loss_without(model, [], probe.validation), rel=1e-6)
+
+
+def test_of_layers_that_cost_the_same_the_deeper_goes_first():
+    model = tiny_model()
+    for layer in range(2, 6):
+        silence(model.model.layers[layer], find_arch(model))
+    plan = sleb(probe_of(model), SlebConfig(num_removed=3, protect_first=2, protect_last=2))
+    assert plan.selection.order == (5, 4, 3)
 
 
 def test_the_list_for_one_more_begins_with_the_list(model):

@@ -12,7 +12,7 @@ from llm_streamline.arch import find_arch, get_layers, silence
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.measure.partial import run_tapped
 from llm_streamline.replacements.build import build_replacements, install_plan
-from llm_streamline.replacements.closed_form import Moments, solve_output_projection
+from llm_streamline.replacements.closed_form import Moments, row_weights, solve_output_projection
 from llm_streamline.replacements.starts import set_start
 from llm_streamline.surgery import apply_plan
 
@@ -57,6 +57,13 @@ def test_an_endless_ridge_gives_the_prior():
     prior = random(3, 5, seed=3)
     torch.testing.assert_close(moments_of(a, r, torch.ones(50)).solve(1e12, prior).float(), prior)
     assert moments_of(a, r, torch.ones(50)).solve(1e12).abs().max() < 1e-9
+
+
+def test_tokens_count_as_the_weighting_says():
+    target = torch.tensor([[[3.0, 4.0], [1.0, 1.0], [0.0, 0.5]]])
+    assert row_weights(target, "uniform").tolist() == [[1, 1, 1]]
+    assert row_weights(target, "skip_first").tolist() == [[0, 1, 1]]
+    torch.testing.assert_close(row_weights(target, "relative"), torch.tensor([[1 / 12.5, 1.0, 8.0]]))
 
 
 def solved(model, plan, ridge=1e-10, start=None):

@@ -128,6 +128,18 @@ def test_the_average_is_the_mean_of_the_weights_of_its_part_of_the_span():
     torch.testing.assert_close(replacement.layers[1].mlp.up_proj.weight, (weights[4] + weights[5]) / 2)
 
 
+@pytest.mark.parametrize(("init", "sources"), [("first", [2]), ("last", [5]), ("average", [2, 3, 4, 5])])
+def test_a_swiglu_starts_from_the_mlp_of_these_layers_and_stays_without_attention(init, sources):
+    model = tiny_model()
+    replacement = built(model, replacing(model, 2, 6, "swiglu", init=init))
+    set_start(replacement, model, init, 0)
+    layer, originals = replacement.layers[0], [get_layers(model)[i] for i in sources]
+    assert not layer.self_attn.o_proj.weight.any()
+    for name, value in layer.mlp.named_parameters():
+        mean = sum(original.mlp.get_parameter(name) for original in originals) / len(originals)
+        torch.testing.assert_close(value, mean)
+
+
 def test_the_average_of_unlike_layers_is_refused():
     model = tiny_model("qwen2")  # sliding and full layers
     replacement = built(model, replacing(model, 1, 4, init="average"))
@@ -146,6 +158,8 @@ def test_the_random_start_depends_on_its_seed_alone(kind):
 
     assert all(torch.equal(a, b) for a, b in zip(state(3), state(3), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(state(3), state(4), strict=True))
+    weights = torch.cat([p.flatten() for p in state(3) if p.ndim == 2])
+    assert float(weights.std()) == pytest.approx(model.config.initializer_range, rel=0.1)
 
 
 @pytest.mark.parametrize("init", ["first", "last", "middle"])

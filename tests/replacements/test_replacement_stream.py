@@ -248,14 +248,27 @@ def test_ghosted_recovers_a_planted_matrix():
     torch.testing.assert_close(found.map.map.weight, matrix, rtol=1e-3, atol=1e-3)
 
 
-def test_ghosted_is_the_least_squares_solution():
+WEIGHTINGS = ["uniform", "skip_first", "relative"]
+
+
+def states_and_weights(model, weighting):
+    """States (N, d) at both ends of the span [3, 6), and how much each token counts in a sum of squares (N, 1)."""
+    states, _ = run_tapped(model, {"input_ids": TRAIN.input_ids.long()}, {3, 6}, 6)
+    weight = 1 / states[6].double().square().mean(-1, keepdim=True) if weighting == "relative" else None
+    if weight is None:
+        weight = torch.ones(*states[6].shape[:2], 1, dtype=torch.float64)
+        weight[:, 0] = float(weighting == "uniform")
+    return states[3].flatten(0, 1).double(), states[6].flatten(0, 1).double(), weight.flatten(0, 1)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_ghosted_is_the_least_squares_solution(weighting):
     """Equal to torch's own solver on all states at once; and an endless ridge is plain removal."""
     model = tiny_model()
     plan = replacing(model, 3, 6, "patch", init="closed_form")
-    found = begun(model, plan)[0].map.map.weight
-    states, _ = run_tapped(model, {"input_ids": TRAIN.input_ids.long()}, {3, 6}, 6)
-    x, delta = (s.flatten(0, 1).double() for s in (states[3], states[6] - states[3]))
-    truth = torch.linalg.lstsq(x, delta, driver="gelsd").solution.T
+    found = begun(model, plan, fit_weighting=weighting)[0].map.map.weight
+    x, y, weight = states_and_weights(model, weighting)
+    truth = torch.linalg.lstsq(weight.sqrt() * x, weight.sqrt() * (y - x), driver="gelsd").solution.T
     torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-5)
     assert begun(model, plan, ridge=1e12)[0].map.map.weight.abs().max() < 1e-9
 
@@ -284,6 +297,18 @@ def test_linear_patch_recovers_a_planted_diagonal_in_its_basis():
     torch.testing.assert_close(found.map.map.weight + torch.eye(32), patch, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_linear_patch_is_the_ratio_of_mean_magnitudes_in_its_basis(weighting):
+    """`relative` is meant for squares: in a sum of absolute values a token counts by one over its root mean square."""
+    model = tiny_model()
+    plan = replacing(model, 3, 6, "patch", init="hadamard")
+    found = begun(model, plan, fit_weighting=weighting)[0].map.map.weight
+    x, y, weight = states_and_weights(model, weighting)
+    basis = rotation(32)
+    ratio = (weight.sqrt() * (y @ basis).abs()).sum(0) / (weight.sqrt() * (x @ basis).abs()).sum(0)
+    torch.testing.assert_close(found.double(), basis @ ratio.diag() @ basis.T - torch.eye(32), rtol=1e-4, atol=1e-5)
+
+
 def test_the_mean_update_is_the_mean_of_the_updates():
     model = tiny_model()
     plan = replacing(model, 3, 6, "bias", init="mean")
@@ -292,6 +317,9 @@ def test_the_mean_update_is_the_mean_of_the_updates():
     torch.testing.assert_close(begun(model, plan)[0].map.bias, update.mean((0, 1)), rtol=1e-4, atol=1e-5)
     skipping = begun(model, plan, fit_weighting="skip_first")[0].map.bias
     torch.testing.assert_close(skipping, update[:, 1:].mean((0, 1)), rtol=1e-4, atol=1e-5)
+    x, y, weight = states_and_weights(model, "relative")
+    relative = begun(model, plan, fit_weighting="relative")[0].map.bias
+    torch.testing.assert_close(relative.double(), (weight * (y - x)).sum(0) / weight.sum(), rtol=1e-4, atol=1e-5)
     model, _ = planted(lambda h: h + 2.5)
     torch.testing.assert_close(
         begun(model, replacing(model, 3, 5, "bias", init="mean"), fit_weighting="relative")[0].map.bias,
@@ -303,6 +331,16 @@ def test_the_factor_is_the_planted_one():
     model, _ = planted(lambda h: 1.75 * h)
     found = begun(model, replacing(model, 3, 5, "scale", init="magnitude"))[0]
     assert found.map.log_scale.exp().item() == pytest.approx(1.75, rel=1e-5)
+
+
+def test_the_factor_is_the_mean_ratio_of_norms():
+    model = tiny_model()
+    plan = replacing(model, 3, 6, "scale", init="magnitude")
+    for weighting in WEIGHTINGS:
+        x, y, weight = states_and_weights(model, weighting)
+        ratio = (y.norm(dim=1) / x.norm(dim=1))[weight.squeeze(1) > 0].mean()
+        found = begun(model, plan, fit_weighting=weighting)[0].map.log_scale.exp().item()
+        assert found == pytest.approx(float(ratio), rel=1e-5), weighting
 
 
 @torch.no_grad()
@@ -341,6 +379,30 @@ def test_the_cosine_objective_beats_removal_and_its_own_start(kind):
     few = cosine(begun(model, plan, fit_epochs=2, fit_learning_rate=3e-3))
     many = cosine(begun(model, plan, fit_epochs=20, fit_learning_rate=3e-3))
     assert before < few < many
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "skip_first"])
+@pytest.mark.parametrize("name", ["llama", "granite"])  # granite adds 0.7 of what its MLP puts out
+def test_the_cosine_objective_is_descended_by_adam_as_written_down(name, weighting):
+    model, ids = tiny_model(name), TRAIN.input_ids.long()
+    plan = replacing(model, 3, 6, "linear", init="cosine")
+    changes = {"fit_epochs": 3, "fit_learning_rate": 1e-2, "fit_weighting": weighting}
+    how = StartSettings.of(ReplacementConfig(**changes), 10**6, 0)  # all tokens in one step
+    found = begin(model, plan, TRAIN, HELD_OUT, how)[0][0].mapped.map.weight
+    seen = {}
+    handle = get_layers(model)[2].mlp.register_forward_hook(lambda _m, _a, out: seen.update(m=out))
+    with torch.no_grad():
+        states, _ = run_tapped(model, {"input_ids": ids}, {3, 6}, 6)
+    handle.remove()
+    scale, first = {"llama": 1.0, "granite": 0.7}[name], int(weighting == "skip_first")
+    m, y, z = (s[:, first:] for s in (seen["m"], states[3] - scale * seen["m"], states[6]))
+    t = torch.eye(32, requires_grad=True)
+    adam = torch.optim.Adam([t], lr=1e-2)
+    for _ in range(3):
+        adam.zero_grad()
+        (1 - nn.functional.cosine_similarity(y + scale * m @ t.T, z, dim=-1)).mean().backward()
+        adam.step()
+    torch.testing.assert_close(found, t.detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_gradient_of_the_cosine_objective_points_to_a_planted_map():

@@ -5,13 +5,14 @@ import hashlib
 import pytest
 import torch
 import torch.nn.functional as F
-from plans import removing, replacing
+from plans import facts_of, removing, replace, replacing
 from tiny import tiny_model, tiny_tokens
 from torch import nn
 
 from llm_streamline.arch import get_layers
 from llm_streamline.config import TrainingConfig
 from llm_streamline.measure.partial import run_tapped
+from llm_streamline.plan import Plan
 from llm_streamline.replacements.build import build_replacements, install_plan
 from llm_streamline.replacements.starts import set_start
 from llm_streamline.surgery import apply_plan
@@ -70,6 +71,18 @@ def test_losses_are_those_of_the_whole_edited_model(name):
     torch.testing.assert_close(found["loss"], sum(objective[k] * truth[k] for k in truth), rtol=1e-4, atol=1e-5)
     each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, -1)
     torch.testing.assert_close(student.token_losses(ids), each, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mse_of_several_networks_is_the_mean_each_at_its_own_span():
+    model, ids = tiny_model(), tiny_tokens()
+    plan = Plan(model=facts_of(model), edits=(replace(1, 3), replace(5, 8)))
+    networks = build_replacements(model, plan)
+    student = Student(model, plan, networks, TrainingConfig(objective="mse", mse_weighting="uniform"))
+    states, edited = states_of(model, ids)[0], tiny_model()
+    install_plan(edited, plan, networks)
+    own = states_of(edited, ids)[0]
+    truth = (F.mse_loss(own[2], states[3]) + F.mse_loss(own[5], states[8])) / 2
+    torch.testing.assert_close(student(ids)["loss"], truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["layer", "swiglu", "ffn", "linear"])

@@ -151,6 +151,14 @@ def test_training_lowers_the_loss_and_keeps_the_best_state(undisturbed):
     assert float(found) == pytest.approx(losses[history["best_step"]], abs=1e-5)
 
 
+def test_a_validation_counts_every_window_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "VALIDATION", tiny_windows(3, seed=1))  # the last batch is half a batch
+    config = TrainingConfig(**BASE)
+    truth = float(student_for(config).token_losses(VALIDATION.input_ids).mean())
+    _, history = run(tmp_path, tokens=32, num_evals=0)
+    assert history["validation"][0]["lm_loss"] == pytest.approx(truth, rel=1e-6)
+
+
 def test_the_mse_falls(tmp_path):
     _, history = run(tmp_path, objective="mse", tokens=60 * 32, learning_rate=3e-3)
     rows = history["validation"]
