@@ -193,6 +193,9 @@ def test_a_linear_map_never_starts_at_the_first_layer(model, verify):
     allowed = sorted(range(1, 6), key=lambda s: -table[s, s + 3])
     assert plan.edits[0].start == allowed[0]
     assert len(plan.selection.candidates) == max(verify, 1)
+    if verify < 2:  # to the second best of those that can be chosen
+        difference = float(table[allowed[0], allowed[0] + 3] - table[allowed[1], allowed[1] + 3])
+        assert plan.selection.margin.difference == pytest.approx(difference)
 
 
 @pytest.mark.parametrize(("length", "network"), [(8, None), (9, Network(kind="layer")), (8, Network(kind="linear"))])

@@ -148,6 +148,25 @@ def test_a_planted_output_projection_is_found(name, kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("name", ["llama", "granite"])  # granite scales what its own layers add, not what an FFN does
+def test_the_last_map_of_an_ffn_is_the_least_squares_one(name, residual):
+    model, ids = tiny_model(name), WINDOWS.input_ids.long()
+    plan = replacing(model, 3, 6, "ffn", init="random", residual=residual, width=24)
+    replacements = build_replacements(model, plan)
+    set_start(replacements[0], model, "random", 0)
+    layer = replacements[0].layer
+    layer.mlp.down_proj.weight.normal_()  # what it starts from does not matter
+    solve_output_projection(model, plan, replacements, 0, WINDOWS, 64, 1e-10, "uniform")
+    x, target = (states_at(model, boundary, ids).flatten(0, 1) for boundary in (3, 6))
+    a = layer.mlp.act_fn(layer.mlp.up_proj(layer.norm(x) if residual else x))
+    a = torch.cat([a, torch.ones(len(a), 1)], 1).double()
+    truth = torch.linalg.lstsq(a, (target - x if residual else target).double(), driver="gelsd").solution
+    mine = torch.cat([layer.mlp.down_proj.weight.T, layer.mlp.down_proj.bias[None]]).double()
+    torch.testing.assert_close(a @ mine, a @ truth, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "kind", "start"),
     [

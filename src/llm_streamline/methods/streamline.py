@@ -16,7 +16,7 @@ from llm_streamline.measure.scores import bootstrap_mean_difference
 from llm_streamline.methods.choosing import possible_spans, spans_plan, tried, untried
 from llm_streamline.methods.registry import MethodConfig, method
 from llm_streamline.plan import Candidate, Margin, Network, Plan, Selection, templates_for
-from llm_streamline.spans import Span, interleave, ranked_spans, spans_of_length
+from llm_streamline.spans import Span, interleave, ranked_spans
 
 
 class StreamlineConfig(MethodConfig):
@@ -33,13 +33,14 @@ def streamline(probe: Probe, config: StreamlineConfig) -> Plan:
     """Contiguous span with the highest mean cosine between its input and output, verified by held-out loss."""
     config.check_fits(probe.facts.num_layers)
     statistics = probe.statistics()
-    spans = candidate_spans(statistics, config, possible_spans(probe, config.network, config.num_removed))
+    possible = possible_spans(probe, config.network, config.num_removed)
+    spans = candidate_spans(statistics, config, possible)
     plans = [spans_plan(probe.facts, config.network, [span]) for span in spans]
     similarity = statistics.similarity
     if config.verify and len(plans) > 1:
         trial = tried(probe, plans)
     else:
-        trial = untried(len(plans), _similarity_margin(statistics, spans[0], config.num_removed, probe.seed))
+        trial = untried(len(plans), _similarity_margin(statistics, spans[0], possible, probe.seed))
     best = trial.order[0]
     candidates = tuple(
         Candidate(
@@ -87,8 +88,8 @@ def keeps_massive(span: Span, network: Network | None, massive: list[int]) -> bo
     return not set(massive) & (set(range(*span)) - set(kept))
 
 
-def _similarity_margin(statistics: Statistics, chosen: Span, length: int, seed: int) -> Margin | None:
-    others = [s for s in spans_of_length(length, statistics.info.model.num_layers) if s != chosen]
+def _similarity_margin(statistics: Statistics, chosen: Span, possible: Sequence[Span], seed: int) -> Margin | None:
+    others = [span for span in possible if span != chosen]
     if not others:
         return None
     second = max(others, key=lambda s: float(statistics.similarity[s[0], s[1]]))

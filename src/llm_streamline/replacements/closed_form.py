@@ -25,6 +25,7 @@ from llm_streamline.memory_limits import Portions
 from llm_streamline.plan import Plan
 from llm_streamline.replacements.base import Replacement
 from llm_streamline.replacements.linear import LinearReplacement
+from llm_streamline.replacements.mlp import MlpReplacement
 from llm_streamline.replacements.stream import StreamReplacement
 
 _ROWS = 2_048  # of the moments that a batch's product is made of at a time
@@ -180,8 +181,8 @@ def row_weights(target: Tensor, weighting: str) -> Tensor:
 
 
 def output_scale(model: nn.Module, replacement: Replacement) -> float:
-    """Factor between what the output projection puts out and what it adds to the stream (Granite's layers)."""
-    if isinstance(replacement, StreamReplacement):
+    """Factor between what the output projection puts out and what it adds to the stream (Granite's own layers)."""
+    if isinstance(replacement, StreamReplacement | MlpReplacement):
         return 1.0
     return getattr(text_config(model.config), "residual_multiplier", 1.0)
 
