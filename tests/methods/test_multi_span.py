@@ -7,7 +7,7 @@ from tiny import tiny_model
 
 from llm_streamline.arch import find_arch, silence
 from llm_streamline.errors import ConfigError, PlanError
-from llm_streamline.methods.multi_span import MultiSpanConfig, multi_span
+from llm_streamline.methods.multi_span import MultiSpanConfig, _convention, multi_span
 from llm_streamline.methods.streamline import StreamlineConfig, streamline
 from llm_streamline.plan import Network
 from llm_streamline.schema import parse
@@ -84,9 +84,13 @@ def test_every_candidate_leaves_as_many_layers_as_a_single_span_would(model, kin
         assert all(stop - start > added for start, stop in candidate.spans)
         if kind == "linear":
             assert candidate.start > 0
-    back = len(plan.edits) * added
-    assert f"{3 + back} layers leave" in plan.selection.convention
-    assert f"{back} come back, 5 remain" in plan.selection.convention
+    assert f"{3 + len(plan.edits) * added} layers leave" in plan.selection.convention
+
+
+def test_what_comes_back_is_counted_for_every_span():
+    config = MultiSpanConfig(num_removed=4, network=Network(kind="layer", count=2))
+    told = _convention(((1, 4), (5, 8)), config, 9)
+    assert told == "net: 6 layers leave in 2 spans, 4 come back, 7 remain"
 
 
 def test_the_best_single_span_is_among_the_candidates(model):
@@ -135,6 +139,14 @@ def test_unverified_the_cheapest_set_is_taken_and_nothing_is_tried(model):
     sums = [total for sets in every_set(cost.tolist(), 4, 0, 2, 1, 0).values() for total, _ in sets]
     assert plan.selection.candidates[0].score == pytest.approx(min(sums))
     assert probe.forward_passes == pytest.approx(8 / (8 + probe.head_layers))
+
+
+def test_unverified_two_silent_layers_are_cheaper_than_any_span():
+    model = tiny_model()
+    for layer in (2, 5):
+        silence(model.model.layers[layer], find_arch(model))
+    plan = multi_span(probe_of(model, with_statistics=True), MultiSpanConfig(num_removed=2, verify=0))
+    assert [(e.start, e.stop) for e in plan.edits] == [(2, 3), (5, 6)]
 
 
 def test_what_cannot_be_met_is_refused(model):
