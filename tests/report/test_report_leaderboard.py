@@ -303,6 +303,31 @@ def test_a_reference_is_shown_but_is_no_candidate(good):
     assert "plain" not in {standing.method for standing in choice.ranking}
 
 
+def test_what_was_measured_otherwise_is_named_and_wins_nothing(shelf):
+    other = record("e0", "other", note="with a text of its own")
+    data = with_development(results(gap=0.01, name="other"), 0.01).model_dump(mode="json")
+    for model in data["models"]:
+        for text in model["perplexity"]:
+            text["num_tokens"] -= 1
+    write_run(shelf.result("e0"), result=type(results()).model_validate(data))
+    title, records = shelf.board()
+    shelf.write(other)
+    shelf.write_board(title, [*records, other])
+    data = draw(shelf)
+    assert data["default"]["0"]["winner"] == "first"
+    assert "measured on other texts" in data["default"]["0"]["ranking"][-1]["obstacle"]
+    page = (shelf.out / "leaderboard.html").read_text()
+    assert "measured on other texts or questions: <strong>other</strong>" in page
+    lines = {
+        name: line for line in page.splitlines() for name in ("first", "second", "other") if f"</b> {name}" in line
+    }
+    assert "best" not in lines["other"]
+    assert "best" in lines["second"]
+    shelf.write_board(title, records)
+    draw(shelf)
+    assert "Not comparable" not in (shelf.out / "leaderboard.html").read_text()
+
+
 # --- what was changed, and what a repair wins back
 
 
@@ -330,7 +355,8 @@ def test_the_gap_is_that_of_plainly_removing_the_same_layers(good):
     repair = change(good[1], evaluation=0.5, taken_out=(3, 4), is_plain=False, layers=1)
     other = change(good[1], evaluation=0.5, taken_out=(2, 3), is_plain=False)
     elsewhere = change(repair, model="another")
-    assert gaps_closed([repair, plain, other, elsewhere]) == {0: pytest.approx(0.75)}
+    unlike = change(repair, material="of another text")
+    assert gaps_closed([repair, plain, other, elsewhere, unlike]) == {0: pytest.approx(0.75)}
 
 
 # --- handing it on

@@ -4,15 +4,18 @@ Only development data count: loss on held-out text of the training source. The e
 page shows, are never looked at here.
 """
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from llm_streamline.errors import StreamlineError
+from llm_streamline.leaderboard.alike import measured_otherwise
 from llm_streamline.leaderboard.collect import Row
 
 _UNFINISHED = "no finished run"
+_OTHERWISE = "it was measured on other texts or questions than the others"
 MOST_EXTRA_PARAMETERS = 0.01  # of the smallest result at the same number of layers: norms and biases, no second head
 
 
@@ -41,7 +44,7 @@ def choose_default(rows: Sequence[Row], tokens: int) -> Choice:
     """Pick the method that becomes the default recipe at one budget of training tokens.
 
     1. A method stands for election when it has a finished, stock result at every model and number of layers of the
-       board, at no more parameters than the smallest result there and 1 %.
+       board, measured as the others are, at no more parameters than the smallest result there and 1 %.
     2. Its score is the mean, over models and numbers of layers, of its loss above the original's on development text,
        over the seeds that all methods have.
     3. The lowest score leads. Among those whose score is not more than one standard error of the difference above it,
@@ -59,7 +62,9 @@ def choose_default(rows: Sequence[Row], tokens: int) -> Choice:
     smallest = {place: min(row.parameters for row in here if (row.model, row.layers) == place) for place in places}
     methods = dict.fromkeys(row.method for row in here)
     seeds = set(here[0].seeds).intersection(*(row.seeds for row in here)) if here else set()
+    otherwise = {here[index].method for index in measured_otherwise(here)}
     standings = [_standing([r for r in here if r.method == m], m, places, smallest, seeds) for m in methods]
+    standings = [dataclasses.replace(s, obstacle=_OTHERWISE) if s.method in otherwise else s for s in standings]
     able = sorted((s for s in standings if not s.obstacle), key=lambda s: (s.score, s.method))
     if not able:
         found = "; ".join(f"{s.method}: {s.obstacle}" for s in standings) or "there are no finished runs"

@@ -14,6 +14,7 @@ import yaml
 
 from llm_streamline.errors import StreamlineError
 from llm_streamline.evaluation.result import HELD_OUT
+from llm_streamline.leaderboard.alike import material_of
 from llm_streamline.leaderboard.changes import in_short, is_plain_removal, taken_out
 from llm_streamline.leaderboard.records import Record, Shelf
 from llm_streamline.report.accuracy import mean_accuracies
@@ -70,6 +71,7 @@ class Row:
     is_plain: bool = False  # layers leave, nothing comes in their place, nothing is trained
     reference: bool = False  # shown, but does not stand for the default
     note: str = ""  # what the specification says of the method
+    material: str = field(default="", repr=False)  # what it was measured on; see alike.py
     developments: tuple[Estimate | None, ...] = field(default=(), repr=False)  # of each seed
     evaluations: tuple[Estimate | None, ...] = field(default=(), repr=False)  # of each seed
 
@@ -148,6 +150,7 @@ def _row(model: str, method: str, layers: int, tokens: int, members: list[tuple[
         is_plain=all(plan and is_plain_removal(plan) for plan in plans) and not any(run.training for _, run in members),
         reference=any(record.reference for record, _ in members),
         note=members[0][0].note,
+        material=material_of(pairs),
         developments=developments,
         evaluations=evaluations,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from llm_streamline.errors import StreamlineError
+from llm_streamline.leaderboard.alike import measured_otherwise
 from llm_streamline.leaderboard.choose import Choice, choose_default
 from llm_streamline.leaderboard.collect import Estimate, Row, rows_of
 from llm_streamline.leaderboard.gap import gaps_closed
@@ -74,13 +75,15 @@ class View:
         keys = dict(zip(dict.fromkeys(row.method for row in rows), _letters(), strict=False))
         gaps = {id(rows[index]): share for index, share in gaps_closed(rows).items()}
         texts = tuple(dict.fromkeys(text for row in rows for text in row.texts))
+        otherwise = {id(rows[index]) for index in measured_otherwise(rows)}
         boards = [
             {
                 "model": model,
                 "tokens": tokens,
                 "heading": budget_words(tokens),
                 "plots": _plots(here, keys),
-                "groups": _groups(here, keys, gaps),
+                "groups": _groups(here, keys, gaps, otherwise),
+                "otherwise": words.listed(list(dict.fromkeys(row.method for row in here if id(row) in otherwise))),
                 "choice": self._choices[tokens],
                 "shows": _columns_with_something(here, gaps),
             }
@@ -149,14 +152,17 @@ def _plots(rows: Sequence[Row], keys: dict[str, str]) -> list[tuple[str, Markup]
 
 
 def _groups(
-    rows: Sequence[Row], keys: dict[str, str], gaps: dict[int, float]
+    rows: Sequence[Row], keys: dict[str, str], gaps: dict[int, float], otherwise: set[int]
 ) -> list[tuple[int, list[dict[str, Any]]]]:
-    """For each number of layers its rows, best first; the best figure of each column is marked."""
+    """For each number of layers its rows, best first; the best of each column is marked, among like with like."""
     groups = []
     for layers in sorted({row.layers for row in rows}):
         here = [row for row in rows if row.layers == layers]
         here.sort(key=lambda row: (math.inf if row.shown is None else row.shown.value, row.method))
-        groups.append((layers, [_cells(row, keys[row.method], gaps.get(id(row)), _best(here)) for row in here]))
+        best, odd = _best([row for row in here if id(row) not in otherwise]), _best([])
+        marks = [odd if id(row) in otherwise else best for row in here]
+        cells = [_cells(row, keys[row.method], gaps.get(id(row)), one) for row, one in zip(here, marks, strict=True)]
+        groups.append((layers, cells))
     return groups
 
 
