@@ -8,7 +8,7 @@ from plans import removing, replacing, tiny_windows
 from tiny import tiny_model, tiny_tokens
 from torch import nn
 
-from llm_streamline.arch import find_arch, get_layers, silence
+from llm_streamline.arch import find_arch, get_layers, mlp_facts, silence
 from llm_streamline.errors import ArchitectureError
 from llm_streamline.measure.partial import run_tapped
 from llm_streamline.replacements.build import build_replacements, install_plan
@@ -167,9 +167,36 @@ def test_the_last_map_of_an_ffn_is_the_least_squares_one(name, residual):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "glm4", "exaone4"])
+def test_behind_a_norm_the_map_is_the_least_squares_one_and_the_norm_takes_the_sizes(name):
+    """Each divisor is held at the template's: what is left is linear, and shared out by the size of the channels."""
+    model, ids = tiny_model(name), WINDOWS.input_ids.long()
+    plan = replacing(model, 3, 6)
+    replacements = build_replacements(model, plan)
+    arch, layer, seen = find_arch(model), get_layers(model)[3], {}
+    paths = {"map": mlp_facts(layer, arch).down, "norm": arch.mlp_norm_out}
+    for key, path in paths.items():
+        layer.get_submodule(path).register_forward_hook(
+            lambda _m, args, out, key=key: seen.update({key: (args[0], out)})
+        )
+    behind, target = (states_at(model, boundary, ids).flatten(0, 1).double() for boundary in (4, 6))
+    (a, o), (_, added) = (tuple(part.flatten(0, 1).double() for part in seen[key]) for key in ("map", "norm"))
+    a, weight = a / o.square().mean(-1, keepdim=True).sqrt(), 1 / target.square().mean(-1)
+    root = weight.sqrt().unsqueeze(1)
+    truth = torch.linalg.lstsq(root * a, root * (target - behind + added), driver="gelsd").solution.T
+    sizes = ((a @ truth.T).square() * weight.unsqueeze(1)).sum(0).div(weight.sum()).sqrt()
+    solve_output_projection(model, plan, replacements, 0, WINDOWS, 64, 1e-12)
+    mine, norm = replacements[0].output_projection().weight, replacements[0].layers[0].get_submodule(paths["norm"])
+    torch.testing.assert_close(norm.weight.double() - arch.silent_norm_weight, sizes, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(a @ mine.double().T * sizes, a @ truth.T, rtol=1e-3, atol=1e-3)
+    assert (a @ mine.double().T).square().mean(-1).sqrt().sub(1).abs().mean() < 0.3  # near the divisor it was held at
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "kind", "start"),
     [
+        ("gemma2", "swiglu", "first"),
         ("llama", "linear", None),
         ("llama", "swiglu", "first"),
         ("llama", "ffn", "random"),
@@ -188,9 +215,19 @@ def test_an_endless_ridge_gives_plain_removal(name, kind, start):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["linear", "swiglu", "ffn"])
-def test_the_solution_beats_removal_on_the_states(kind):
-    model = tiny_model()
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "linear"),
+        ("llama", "swiglu"),
+        ("llama", "ffn"),
+        ("gemma3", "swiglu"),
+        ("gemma3", "ffn"),
+        ("olmo2", "layer"),
+    ],
+)
+def test_the_solution_beats_removal_on_the_states(name, kind):
+    model = tiny_model(name)
     plan = replacing(model, 3, 6, kind)
     replacements = solved(model, plan, ridge=1e-2, start="random" if kind == "ffn" else None)
     ids = WINDOWS.input_ids.long()
@@ -210,8 +247,7 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(("name", "reason"), [("gemma2", "stands between the MLP"), ("mixtral", "mixture of experts")])
-def test_where_the_output_is_not_linear_in_the_projection_it_is_refused(name, reason):
-    model = tiny_model(name)
-    with pytest.raises(ArchitectureError, match=reason):
+def test_where_the_output_is_not_linear_in_the_projection_it_is_refused():
+    model = tiny_model("mixtral")
+    with pytest.raises(ArchitectureError, match="mixture of experts"):
         solved(model, replacing(model, 3, 6))

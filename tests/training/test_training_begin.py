@@ -25,7 +25,8 @@ def begun(model, plan):
         ("llama", "swiglu", {"first", "last", "average", "identity", "closed_form"}),
         ("llama", "ffn", {"identity", "closed_form"}),
         ("llama", "linear", {"identity", "closed_form"}),
-        ("gemma2", "layer", {"first", "identity"}),  # unlike layers, and a norm behind the MLP
+        ("gemma2", "layer", {"first", "identity", "closed_form"}),  # unlike layers, and a norm behind the MLP
+        ("mixtral", "layer", {"first", "last", "average", "identity"}),
         ("opt_post_norm", "layer", {"first", "last", "average"}),
     ],
 )
@@ -76,8 +77,8 @@ def test_each_network_of_a_plan_gets_its_start():
 
 
 def test_a_closed_form_that_does_not_exist_is_refused():
-    model = tiny_model("gemma2")
-    with pytest.raises(ArchitectureError, match="no closed form for this gemma2"):
+    model = tiny_model("mixtral")
+    with pytest.raises(ArchitectureError, match="no closed form for this mixtral"):
         begun(model, replacing(model, 2, 5, init="closed_form"))
 
 
