@@ -98,7 +98,7 @@ def test_verification_takes_the_lowest_heldout_loss_and_keeps_all_candidates(mod
 
     def losses(plans):
         asked.extend((p.edits[0].start, p.edits[0].stop) for p in plans)
-        return torch.full((6,), 1.0), [torch.full((6,), 9.0 - i).double() for i in range(len(plans))]
+        return torch.full((6,), 5.0), [torch.full((6,), 9.0 - i).double() for i in range(len(plans))]
 
     plan = streamline(
         probe_with(model, statistics_from(random_table()), losses), StreamlineConfig(num_removed=3, verify=4)
@@ -107,7 +107,7 @@ def test_verification_takes_the_lowest_heldout_loss_and_keeps_all_candidates(mod
     assert plan.selection.chosen == asked[-1] == (plan.edits[0].start, plan.edits[0].stop)
     assert [(c.start, c.stop) for c in plan.selection.candidates] == asked
     assert [c.heldout_loss for c in plan.selection.candidates] == [9.0, 8.0, 7.0, 6.0]
-    assert plan.selection.original_loss == 1.0
+    assert plan.selection.original_loss == 5.0
     assert plan.selection.margin.quantity == "heldout_loss"
     assert plan.selection.margin.difference == pytest.approx(1.0)
 

@@ -111,15 +111,29 @@ class Trial:
 
 def tried(probe: Probe, plans: Sequence[Plan]) -> Trial:
     """Try all plans together, or in groups where their networks would be many at once: each is a float32 copy."""
+    groups = _groups(plans)
+    original, losses = probe.losses(groups[0])
+    return _ordered(original, [*losses, *(loss for group in groups[1:] for loss in probe.losses_of(group))], probe.seed)
+
+
+def tried_as_well(probe: Probe, trial: Trial, plans: Sequence[Plan]) -> Trial:
+    """The trial of all its candidates and of `plans` behind them."""
+    found = [loss for group in _groups(plans) for loss in probe.losses_of(group)]
+    return _ordered(trial.original, [*trial.losses, *found], probe.seed)
+
+
+def _groups(plans: Sequence[Plan]) -> list[list[Plan]]:
     groups: list[list[Plan]] = [[]]
     for plan in plans:
         if sum(isinstance(edit, Replace) for one in (*groups[-1], plan) for edit in one.edits) > _MOST_NETWORKS:
             groups.append([])
         groups[-1].append(plan)
-    original, losses = probe.losses(groups[0])
-    losses = [*losses, *(loss for group in groups[1:] for loss in probe.losses_of(group))]
-    order = sorted(range(len(plans)), key=lambda i: float(losses[i].mean()))
-    margin = loss_margin(losses[order[0]], losses[order[1]], probe.seed) if len(order) > 1 else None
+    return groups
+
+
+def _ordered(original: Tensor | None, losses: list[Tensor], seed: int) -> Trial:
+    order = sorted(range(len(losses)), key=lambda i: float(losses[i].mean()))
+    margin = loss_margin(losses[order[0]], losses[order[1]], seed) if len(order) > 1 else None
     return Trial(order, original, losses, margin)
 
 
