@@ -402,6 +402,20 @@ def test_what_is_handed_on_names_no_folder_of_this_machine(own_paths, tmp_path):
     assert "c0 cannot be written" in tables
 
 
+def test_the_tables_hold_what_was_written_and_nothing_that_breaks_them(own_paths, tmp_path):
+    title, records = own_paths.board()
+    note = "LLM-Streamline's choice & <script>x</script> | [a](b)"
+    records = [one.model_copy(update={"note": note}) for one in records]
+    for one in records:
+        own_paths.write(one)
+    own_paths.write_board(title, records)
+    folder = share(own_paths, tmp_path / "shared")
+    assert (
+        r"first: LLM-Streamline's choice & &lt;script\>x&lt;/script\> \| \[a\](b)" in (folder / "README.md").read_text()
+    )
+    assert "<script>x" not in (folder / "leaderboard.html").read_text()
+
+
 def test_models_called_by_their_paths_are_handed_on_by_their_names(own_paths, tmp_path):
     title, records = own_paths.board()
     paths = {"first": "/home/me/a/my model", "second": "/home/me/b/my model"}

@@ -21,6 +21,7 @@ from llm_streamline.plan import Replace, Silence
 from llm_streamline.report import plots, words
 from llm_streamline.report.accuracy import mean_accuracies
 from llm_streamline.report.answers import answers_view
+from llm_streamline.report.card import escape_markdown
 from llm_streamline.report.curves import training_view
 from llm_streamline.report.figures import Figure, figures, relative, split_interval
 from llm_streamline.report.heatmap import heatmap_svg
@@ -35,15 +36,15 @@ from llm_streamline.version import __version__
 
 @cache
 def environment() -> Environment:
-    """The templates; everything is escaped unless our own drawings made it."""
+    """The templates: in pages everything is escaped unless our own drawings made it, in Markdown what passes `md`."""
     made = Environment(
         loader=PackageLoader("llm_streamline.report"),
-        autoescape=True,
+        autoescape=lambda name: name is None or not name.endswith(".md.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["split_interval"] = split_interval
+    made.filters |= {"split_interval": split_interval, "md": escape_markdown}
     made.globals |= {"version": __version__, "style": _part("style.css"), "script": _part("tips.js")}
     return made
 
