@@ -62,6 +62,7 @@ class Moments:
 
         All memory is taken before the first sum is touched: where it ends, none of these tokens has been added.
         """
+        total = self.weight + float(weight.to(self.aa).sum())
         a, r = a.to(self.aa), r.to(self.aa)  # a product in float32 loses what a small ridge must still see
         weighted = a * weight.to(self.aa).unsqueeze(1)
         ar = weighted.T @ r
@@ -70,7 +71,7 @@ class Moments:
             rows = slice(start, start + _ROWS)
             self.aa[rows] += torch.mm(weighted[:, rows].T, a, out=part[: self.num_inputs - start])
         self.ar += ar
-        self.weight += float(weight.double().sum())
+        self.weight = total
         self.count += len(a)
 
     def share(self) -> None:
