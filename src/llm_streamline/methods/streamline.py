@@ -88,10 +88,13 @@ def _verified(
     """
     trial = tried(probe, [spans_plan(probe.facts, config.network, [span]) for span in spans])
     lost = trial.mean(trial.order[0]) - trial.original_loss
-    others = [span for span in possible if span not in spans and removal_of(probe, config.network, span)]
-    if config.candidates == "mean" or lost < RUINED or not others:
+    if config.candidates == "mean" or lost < RUINED:
         return spans, trial, ()
-    losses = probe.losses_of([removal_of(probe, config.network, span) for span in others])
+    removals = {span: _removal(probe, config.network, span) for span in possible if span not in spans}
+    others = [span for span, removal in removals.items() if probe.obstacle(removal) is None]
+    if not others:
+        return spans, trial, ()
+    losses = probe.losses_of([removals[span] for span in others])
     ranked = sorted(range(len(others)), key=lambda index: float(losses[index].mean()))
     more = [others[index] for index in ranked[: config.verify]]
     trial = tried_as_well(probe, trial, [spans_plan(probe.facts, config.network, [span]) for span in more])
@@ -99,11 +102,10 @@ def _verified(
     return [*spans, *more], trial, (note,)
 
 
-def removal_of(probe: Probe, network: Network | None, span: Span) -> Plan | None:
-    """Plain removal of the layers of `span` that a copy does not keep; None when the architecture cannot hold it."""
+def _removal(probe: Probe, network: Network | None, span: Span) -> Plan:
+    """Plain removal of the layers of `span` that a copy does not keep."""
     kept = templates_for(network, *span) if network and network.kind == "layer" else ()
-    plan = layers_plan(probe.facts, [layer for layer in range(*span) if layer not in kept])
-    return None if probe.obstacle(plan) else plan
+    return layers_plan(probe.facts, [layer for layer in range(*span) if layer not in kept])
 
 
 def candidate_spans(statistics: Statistics, config: StreamlineConfig, possible: Sequence[Span]) -> list[Span]:
