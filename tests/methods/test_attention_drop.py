@@ -9,7 +9,7 @@ from tiny import tiny_model
 
 from llm_streamline.arch import find_arch, get_layers, silence_attention, silence_mlp
 from llm_streamline.config import load_recipe
-from llm_streamline.errors import ArchitectureError, ConfigError, PlanError
+from llm_streamline.errors import ArchitectureError, ConfigError, PlanError, StreamlineError
 from llm_streamline.measure.losses import token_losses
 from llm_streamline.methods.attention_drop import AttentionDropConfig, attention_drop
 from llm_streamline.methods.registry import find_method
@@ -109,6 +109,35 @@ def test_protected_layers_stay_whole_and_too_many_are_refused(model):
         drop(probe_of(model), 3, protect_first=3, protect_last=3)
     with pytest.raises(PlanError, match="at most 15 may be"):
         drop(probe_of(model), 16, part="both")
+
+
+@pytest.mark.parametrize("score", ["cosine", "loss", "greedy"])
+def test_the_layer_that_a_hybrid_must_keep_loses_one_sublayer_at_most(score):
+    """Layer 2 is silent, the best to remove, but the only attention knows the length of the cache."""
+    kinds = ["conv", "conv", "full_attention", "conv", "conv", "conv"]
+    model = tiny_model("lfm2", num_hidden_layers=6, layer_types=kinds)
+    silence_attention(get_layers(model)[2], find_arch(model))
+    silence_mlp(get_layers(model)[2], find_arch(model))
+    plan = drop(probe_of(model), 5, part="both", score=score, protect_first=2, protect_last=1)
+    assert silent_in(plan) == [(2, "attention"), (3, "attention"), (3, "mlp"), (4, "attention"), (4, "mlp")]
+    assert plan.selection.convention == "5 sublayers silenced, 4 of 6 layers remain"
+    message = "no further sublayer" if score == "greedy" else "only 1 sublayers .* 2 were asked for"
+    with pytest.raises(StreamlineError, match=message):
+        drop(probe_of(model), 2, part="both", score=score, protect_first=2, protect_last=3)
+
+
+@pytest.mark.parametrize("score", ["cosine", "loss", "greedy"])
+def test_of_equal_sublayers_the_deeper_goes_first_and_its_attention_before_its_mlp(score):
+    model = tiny_model()
+    for layer in get_layers(model):
+        silence_attention(layer, find_arch(model))
+        silence_mlp(layer, find_arch(model))
+    assert silent_in(drop(probe_of(model), 2, score=score)) == [(6, "attention"), (7, "attention")]
+    assert silent_in(drop(probe_of(model), 3, part="both", score=score)) == [
+        (6, "attention"),
+        (7, "attention"),
+        (7, "mlp"),
+    ]
 
 
 def test_models_that_cannot_be_silenced_or_compared_are_refused_before_measuring():

@@ -10,6 +10,7 @@ attention and MLP in one pass; `part: both` ranks them together ("joint"). `loss
 loss; `greedy` tries again after each choice, as FinerCut does, which looks at how far predictions move instead.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -79,9 +80,12 @@ def attention_drop(probe: Probe, config: AttentionDropConfig) -> Plan:
         chosen, margin = _greedy(probe, free, config.num_removed)
     else:
         scores = _cosines(probe, free) if config.score == "cosine" else _losses(probe, [], free)
-        ranked = sorted(scores, key=lambda sublayer: (float(scores[sublayer].mean()), -sublayer[0]))
-        chosen = [(sublayer, float(scores[sublayer].mean())) for sublayer in ranked[: config.num_removed]]
-        margin = _margin(scores, ranked, config, probe.seed)
+        ranked = _ranked(scores)
+        lowest = _first_possible(probe, ranked, config.num_removed)
+        chosen = [(sublayer, float(scores[sublayer].mean())) for sublayer in lowest]
+        kept = next((sublayer for sublayer in ranked if sublayer not in lowest), None)
+        quantity = "similarity" if config.score == "cosine" else "heldout_loss"
+        margin = None if kept is None else _difference(scores, lowest[-1], kept, quantity, probe.seed)
     name = "1 - cosine" if config.score == "cosine" else "held-out loss"
     notes = [f"{part} of layer {layer}: {name} {value:.4f}" for (layer, part), value in chosen]
     if any(isinstance(edit, Silence) for edit in _edits([sublayer for sublayer, _ in chosen])):
@@ -120,19 +124,32 @@ def _greedy(probe: Probe, free: list[Sublayer], count: int) -> tuple[list[tuple[
     for _ in range(count):
         silent = [sublayer for sublayer, _ in chosen]
         scores = _losses(probe, silent, [sublayer for sublayer in free if sublayer not in silent])
-        ranked = sorted(scores, key=lambda sublayer: (float(scores[sublayer].mean()), -sublayer[0]))
+        ranked = _ranked(scores)
         chosen.append((ranked[0], float(scores[ranked[0]].mean())))
         margin = _difference(scores, ranked[0], ranked[1], "heldout_loss", probe.seed) if len(ranked) > 1 else None
     return chosen, margin
 
 
-def _margin(scores: Scores, ranked: list[Sublayer], config: AttentionDropConfig, seed: int) -> Margin | None:
-    """How much lower the last sublayer silenced is than the first one kept."""
-    count = config.num_removed
-    if count == len(ranked):
-        return None
-    quantity = "similarity" if config.score == "cosine" else "heldout_loss"
-    return _difference(scores, ranked[count - 1], ranked[count], quantity, seed)
+def _ranked(scores: Scores) -> list[Sublayer]:
+    """Sublayers by ascending score; of equal scores the deeper layer is first, and its attention before its MLP."""
+    return sorted(scores, key=lambda sublayer: (float(scores[sublayer].mean()), -sublayer[0], sublayer[1]))
+
+
+def _first_possible(probe: Probe, ranked: Sequence[Sublayer], count: int) -> list[Sublayer]:
+    """The first `count` of ranked sublayers that this architecture can lose together, in the order of the ranking.
+
+    A layer that loses both is removed, and a hybrid model must keep a layer of each cache kind.
+
+    Raises:
+        PlanError: if they are fewer.
+    """
+    chosen: list[Sublayer] = []
+    for sublayer in ranked:
+        if len(chosen) < count and probe.obstacle(_plan(probe.facts, [*chosen, sublayer])) is None:
+            chosen.append(sublayer)
+    if len(chosen) < count:
+        raise PlanError(f"only {len(chosen)} sublayers of this model can be silenced together; {count} were asked for")
+    return chosen
 
 
 def _difference(scores: Scores, low: Sublayer, high: Sublayer, quantity: str, seed: int) -> Margin:
