@@ -4,6 +4,7 @@ import pytest
 from probes import loss_without, probe_of, removed_by
 from tiny import tiny_model
 
+from llm_streamline.measure.probe import Probe
 from llm_streamline.methods import streamline as module
 from llm_streamline.methods.streamline import StreamlineConfig, streamline
 from llm_streamline.plan import Network
@@ -39,6 +40,17 @@ def test_of_ruins_every_span_is_tried_and_the_best_of_all_is_taken(monkeypatch):
     assert all_of_them.selection.margin.difference >= 0
     assert any("all 4 others were tried too" in note for note in all_of_them.selection.notes)
     assert not any("others" in note for note in few.selection.notes)
+
+
+@pytest.mark.parametrize(
+    ("network", "passes"), [(None, [3, 4]), (Network(kind="layer", init="closed_form"), [3, 4, 2])]
+)
+def test_only_a_network_is_worth_a_second_trial(monkeypatch, network, passes):
+    tried = []
+    measured = Probe.losses_of
+    monkeypatch.setattr(Probe, "losses_of", lambda self, plans: tried.append(len(plans)) or measured(self, plans))
+    chosen(tiny_model("mistral"), monkeypatch, -1e9, verify=2, network=network)
+    assert tried == passes
 
 
 def test_a_layer_in_place_is_tried_as_the_copy_it_starts_from(monkeypatch):

@@ -118,8 +118,12 @@ def tried(probe: Probe, plans: Sequence[Plan]) -> Trial:
 
 def tried_as_well(probe: Probe, trial: Trial, plans: Sequence[Plan]) -> Trial:
     """The trial of all its candidates and of `plans` behind them."""
-    found = [loss for group in _groups(plans) for loss in probe.losses_of(group)]
-    return _ordered(trial.original, [*trial.losses, *found], probe.seed)
+    return extended(probe, trial, [loss for group in _groups(plans) for loss in probe.losses_of(group)])
+
+
+def extended(probe: Probe, trial: Trial, losses: Sequence[Tensor]) -> Trial:
+    """The trial of all its candidates and of further ones behind them, whose losses (W,) are known."""
+    return _ordered(trial.original, [*trial.losses, *losses], probe.seed)
 
 
 def _groups(plans: Sequence[Plan]) -> list[list[Plan]]:

@@ -16,6 +16,7 @@ from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import bootstrap_mean_difference
 from llm_streamline.methods.choosing import (
     Trial,
+    extended,
     layers_plan,
     possible_spans,
     spans_plan,
@@ -96,8 +97,12 @@ def _verified(
         return spans, trial, ()
     losses = probe.losses_of([removals[span] for span in others])
     ranked = sorted(range(len(others)), key=lambda index: float(losses[index].mean()))
-    more = [others[index] for index in ranked[: config.verify]]
-    trial = tried_as_well(probe, trial, [spans_plan(probe.facts, config.network, [span]) for span in more])
+    best = ranked[: config.verify]
+    more = [others[index] for index in best]
+    if config.network is None:
+        trial = extended(probe, trial, [losses[index] for index in best])
+    else:
+        trial = tried_as_well(probe, trial, [spans_plan(probe.facts, config.network, [span]) for span in more])
     note = f"the best of the first {len(spans)} by cosine cost {lost:.1f} nats: all {len(others)} others were tried too"
     return [*spans, *more], trial, (note,)
 
