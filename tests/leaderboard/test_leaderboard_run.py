@@ -120,6 +120,16 @@ def test_weights_go_when_a_run_is_finished_unless_they_are_wanted(place):
     assert (shelf.run(made.records[0].key) / "model.safetensors").exists()
 
 
+def test_weights_that_an_earlier_call_did_not_keep_are_told_with_the_command_that_makes_them(place, caplog):
+    call(place, Runs(), only=["good", "layers=6"])
+    with caplog.at_level("WARNING"):
+        made = call(place, Runs(), only=["good"], keep_weights=True)
+    kept, lost = sorted(made.records, key=lambda record: record.layers)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{lost.label}: its weights were not kept; this makes them anew: {lost.command}"]
+    assert (Shelf(place / "out").run(kept.key) / "model.safetensors").exists()
+
+
 def test_a_result_that_was_deleted_is_made_again(place):
     made = call(place, Runs(), only=["good", "layers=6"])
     (Shelf(place / "out").result(made.records[0].key) / "streamline" / "manifest.json").unlink()

@@ -94,7 +94,16 @@ def run_board(
                         record = _changed(entry, record, shelf)
             records.append(record)
             bar.advance()
+    if keep_weights:
+        _tell_of_lost_weights(records, shelf)
     return records
+
+
+def _tell_of_lost_weights(records: Sequence[Record], shelf: Shelf) -> None:
+    """Say which finished runs have no checkpoint, because an earlier call was not asked to leave it."""
+    lost = [record for record in records if record.status == "done" and not is_complete(shelf.run(record.key))]
+    for record in lost:
+        log.warning("%s: its weights were not kept; this makes them anew: %s", record.label, record.command)
 
 
 def fingerprints_known(record: Record) -> bool:
