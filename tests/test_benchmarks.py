@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from llm_streamline.evaluation.answers import Answer, Answers
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
+import accuracy
 import memory
 import regression
 import run
@@ -233,3 +236,60 @@ def test_a_results_file_may_have_another_name(tmp_path):
 def test_names_of_figures_are_told_apart():
     names = [figure.name for benchmark in run.BENCHMARKS for figure in benchmark.figures]
     assert len(names) == len(set(names))
+
+
+def answered(**sets):
+    """Answers of one model: set -> a string of 1 (right) and 0."""
+    return {
+        name: Answers(
+            task=name,
+            group=None,
+            metric="acc",
+            length_unit="tokens",
+            items=tuple(Answer(str(i), "", (1.0, 2.0), 0, mark == "1") for i, mark in enumerate(marks)),
+            origin=name,
+        )
+        for name, marks in sets.items()
+    }
+
+
+def test_accuracy_is_paired_by_question_and_sets_count_alike():
+    first = [answered(a="1100", b="11"), answered(a="1000", b="11")]
+    second = [answered(a="0100", b="10")]
+    found = accuracy.difference(first, second)
+    # by question: a 1, -1/2, 0, 0 (mean 1/8); b 0, 1 (mean 1/2)
+    assert found["sets"] == {"a": 0.125, "b": 0.5}
+    assert found["value"] == pytest.approx((0.125 + 0.5) / 2)
+    of_a = ((0.875**2 + 0.625**2 + 2 * 0.125**2) / 3 / 4) ** 0.5
+    of_b = (2 * 0.5**2 / 1 / 2) ** 0.5
+    assert found["stderr_questions"] == pytest.approx((of_a**2 + of_b**2) ** 0.5 / 2)
+    assert found["seeds"] == [0.75, 0.625]
+    assert found["stderr_seeds"] == pytest.approx(0.125 / 2)  # of the mean of 0.75 and 0.625; the other is one seed
+    assert accuracy.difference([first[0]], second)["stderr_seeds"] is None
+
+
+def test_a_sample_of_questions_is_the_same_for_all_and_in_the_order_of_the_file(tmp_path):
+    source = tmp_path / "set.jsonl"
+    source.write_text("".join(f"{number}\n" for number in range(50)))
+    numbers = [int(line) for line in accuracy.sampled(source, 10, tmp_path / "work").read_text().split()]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == 10 != max(numbers) + 1
+    again = accuracy.sampled(source, 10, tmp_path / "again")
+    assert [int(line) for line in again.read_text().split()] == numbers
+    assert len(accuracy.sampled(source, 50, tmp_path / "all").read_text().split()) == 50
+
+
+def test_a_model_is_asked_once_for_the_same_questions(tmp_path, monkeypatch):
+    calls = []
+
+    def evaluate(models, config, out):
+        calls.append((models, config.tasks))
+        out.parent.mkdir(exist_ok=True)
+
+    monkeypatch.setattr(accuracy, "evaluate", evaluate)
+    monkeypatch.setattr(accuracy, "read_answers", lambda out: {})
+    task = tmp_path / "set.jsonl"
+    for text in ("one\n", "one\n", "two\n"):
+        task.write_text(text)
+        accuracy.asked("model", "name", [task], tmp_path)
+    assert calls == [(["model"], (str(task),))] * 2
