@@ -5,7 +5,9 @@ import pytest
 from samples import pairs, prose, questions, two_contexts, write_rows
 
 from llm_streamline.errors import TaskError, TextError
+from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.items import is_choice_file, read_choice_file, with_examples
+from llm_streamline.evaluation.material import gather
 from llm_streamline.evaluation.passages import CONTEXT_WORDS, CONTINUATION_WORDS, continuation_task
 
 
@@ -115,3 +117,18 @@ def test_too_little_text_is_refused():
         continuation_task([prose(64 * 3 + 10)])
     with pytest.raises(TextError, match="repeats itself"):
         continuation_task(["word " * 1000])
+
+
+def test_a_limit_that_leaves_out_subtasks_says_so(tmp_path, caplog):
+    rows = [{**question, "subtask": name} for name in "abc" for question in questions()[:2]]
+    rows = [{**row, "id": str(number)} for number, row in enumerate(rows)]
+    write_rows(tmp_path / "sorted.jsonl", rows)
+    write_rows(tmp_path / "mixed.jsonl", rows[::2] + rows[1::2])
+    told = {}
+    for name, limit in (("sorted", 3), ("mixed", 3), ("sorted", None)):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            gather(EvaluationConfig(tasks=(str(tmp_path / f"{name}.jsonl"),), limit=limit), None)
+        told[name, limit] = [record.getMessage() for record in caplog.records]
+    line = "sorted: the first 3 of 6 questions are of 2 of its 3 subtasks; a file in random order asks of more"
+    assert told == {("sorted", 3): [line], ("mixed", 3): [], ("sorted", None): []}

@@ -14,6 +14,7 @@ from llm_streamline.evaluation.items import ChoiceTask, is_choice_file, read_cho
 from llm_streamline.evaluation.passages import continuation_task, texts_of_windows
 from llm_streamline.evaluation.perplexity import ScoredText, packed_text, scored_text
 from llm_streamline.evaluation.tasks import check_task_names, require_lm_eval
+from llm_streamline.logs import get_logger
 from llm_streamline.runtime import package_versions
 
 DEFAULT_CONTEXT = 1024
@@ -89,9 +90,25 @@ def gather(config: EvaluationConfig, tokenizer=None, windows: Mapping[str, Windo
             continue
         if task.name in {other.name for other in material.choice_tasks}:
             raise TaskError(f"two tasks are named '{task.name}'; rename one of the files.")
-        material.choice_tasks.append(with_examples(task, config.num_fewshot).first(config.limit))
+        whole = with_examples(task, config.num_fewshot)
+        material.choice_tasks.append(whole.first(config.limit))
+        _tell_of_lost_subtasks(whole, material.choice_tasks[-1])
     _check_harness(config, material.harness_tasks)
     return material
+
+
+def _tell_of_lost_subtasks(whole: ChoiceTask, asked: ChoiceTask) -> None:
+    """Warn where a limit leaves out whole subtasks, as it does with a file that is sorted by them."""
+    there, left = ({item.subtask for item in task.items} for task in (whole, asked))
+    if len(left) < len(there):
+        get_logger().warning(
+            "%s: the first %d of %d questions are of %d of its %d subtasks; a file in random order asks of more",
+            whole.name,
+            len(asked.items),
+            len(whole.items),
+            len(left),
+            len(there),
+        )
 
 
 def check_config(config: EvaluationConfig) -> None:
