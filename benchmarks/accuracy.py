@@ -79,6 +79,7 @@ def asked(model: str, name: str, tasks: Sequence[Path], work: Path) -> Answered:
         config = EvaluationConfig(tasks=tuple(map(str, tasks)), generation=False, speed=False)
         evaluate([str(model)], config, out=out)
         note.write_text(json.dumps(wanted), encoding="utf-8")
+        print(f"{name}: {model}", flush=True)
     return read_answers(out)
 
 
