@@ -202,8 +202,9 @@ def can_pack(reader: LogitReader, longest: int) -> bool:
 
 
 def _packs_exactly(reader: LogitReader) -> bool:
-    ids = [i % reader.vocab_size for i in range(3, 15)]
-    choices = [Choice((*ids[:6], *rest, 0), 1) for rest in ((ids[6], ids[7]), (ids[8], ids[9], ids[10]))]
+    ids = [7 * i % reader.vocab_size for i in range(3, 41)]
+    # the first rest is long: what the second would wrongly see of it must outweigh the rounding of half precision
+    choices = [Choice((*ids[:6], *rest, 0), 1) for rest in (ids[6:30], ids[30:])]
     packed = _packed_row(0, choices)
     try:
         found = reader.states(**_packed_inputs([packed], reader))[0].float()
