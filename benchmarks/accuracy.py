@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llm_streamline.config import load_recipe
 from llm_streamline.evaluation.answers import Answers, read_answers
 from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.stability import compare_answers
@@ -45,7 +46,10 @@ def main() -> None:
         "original": arguments.original,
         "sample": arguments.sample,
         "sets": {task: len(found.items) for task, found in original.items()},
-        "groups": {name: summary(original, members) for name, members in answers.items()},
+        "groups": {
+            name: {"runs": [run_of(Path(folder)) for folder in groups[name]]} | summary(original, members)
+            for name, members in answers.items()
+        },
         "differences": {
             f"{first} - {second}": difference(answers[first], answers[second])
             for number, first in enumerate(answers)
@@ -56,6 +60,15 @@ def main() -> None:
     (arguments.out / "accuracy.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (arguments.out / "accuracy.md").write_text(page(record), encoding="utf-8")
     print(page(record))
+
+
+def run_of(folder: Path) -> dict:
+    """How a checkpoint was made, by the recipe that lies in it; empty where there is none."""
+    path = folder / "streamline" / "recipe.yaml"
+    if not path.is_file():
+        return {}
+    recipe = load_recipe(path, {})
+    return {"layers_fewer": recipe.target.layers, "train_tokens": recipe.training.tokens, "seed": recipe.seed}
 
 
 def sampled(path: Path, count: int, folder: Path) -> Path:
@@ -136,6 +149,8 @@ def page(record: dict) -> str:
         f"{record['date']}, `python benchmarks/accuracy.py`: {total:,} questions of {len(record['sets'])} sets, "
         f"at most {record['sample']} drawn at random of each, the same for all; sets count alike. Points of accuracy.",
         "",
+        *(f"* {name}: {_runs(found['runs'])}" for name, found in record["groups"].items()),
+        "",
         "| | seeds | difference | standard error over questions | over seeds | stability |",
         "|---|---|---|---|---|---|",
     ]
@@ -151,6 +166,10 @@ def page(record: dict) -> str:
         values = " | ".join(f"{100 * column['sets'][task]:+.1f}" for column in columns)
         lines.append(f"| {task} | {count} | {values} |")
     return "\n".join(lines) + "\n"
+
+
+def _runs(runs: Sequence[dict]) -> str:
+    return "; ".join(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in run.items()) for run in runs)
 
 
 def _line(name: str, seeds: int | str, found: dict, stability: str) -> str:
