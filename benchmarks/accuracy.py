@@ -26,6 +26,7 @@ from llm_streamline.evaluation.config import EvaluationConfig
 from llm_streamline.evaluation.stability import compare_answers
 from llm_streamline.pipeline import evaluate
 from llm_streamline.runtime import versions
+from llm_streamline.sources import resolve_model
 
 HERE = Path(__file__).parent
 Answered = Mapping[str, Answers]  # by set
@@ -87,7 +88,10 @@ def asked(model: str, name: str, tasks: Sequence[Path], work: Path) -> Answered:
     """What a model answered, asked now or in an earlier call."""
     out = work / name / "results.json"
     note = work / name / "asked.json"  # written last: of which model and which questions the answers are
-    wanted = {"model": str(model), "tasks": {str(task): task.read_text(encoding="utf-8") for task in tasks}}
+    wanted = {
+        "model": resolve_model(str(model)).fingerprint,
+        "tasks": {str(task): task.read_text(encoding="utf-8") for task in tasks},
+    }
     if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != wanted:
         config = EvaluationConfig(tasks=tuple(map(str, tasks)), generation=False, speed=False)
         evaluate([str(model)], config, out=out)

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -288,8 +289,13 @@ def test_a_model_is_asked_once_for_the_same_questions(tmp_path, monkeypatch):
 
     monkeypatch.setattr(accuracy, "evaluate", evaluate)
     monkeypatch.setattr(accuracy, "read_answers", lambda out: {})
+    weights = {"model": "old"}
+    monkeypatch.setattr(accuracy, "resolve_model", lambda model: SimpleNamespace(fingerprint=weights[model]))
     task = tmp_path / "set.jsonl"
     for text in ("one\n", "one\n", "two\n"):
         task.write_text(text)
         accuracy.asked("model", "name", [task], tmp_path)
     assert calls == [(["model"], (str(task),))] * 2
+    weights["model"] = "new"
+    accuracy.asked("model", "name", [task], tmp_path)
+    assert len(calls) == 3

@@ -10,7 +10,6 @@ attention and MLP in one pass; `part: both` ranks them together ("joint"). `loss
 loss; `greedy` tries again after each choice, as FinerCut does, which looks at how far predictions move instead.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,7 +21,7 @@ from llm_streamline.errors import ArchitectureError, PlanError
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import bootstrap_mean_difference
 from llm_streamline.measure.sublayers import PARTS, SublayerStats
-from llm_streamline.methods.choosing import refuse_network
+from llm_streamline.methods.choosing import first_together, refuse_network
 from llm_streamline.methods.registry import MethodConfig, method
 from llm_streamline.plan import Edit, Margin, ModelFacts, Plan, Remove, Selection, Silence
 from llm_streamline.silencing import check_silence
@@ -81,7 +80,7 @@ def attention_drop(probe: Probe, config: AttentionDropConfig) -> Plan:
     else:
         scores = _cosines(probe, free) if config.score == "cosine" else _losses(probe, [], free)
         ranked = _ranked(scores)
-        lowest = _first_possible(probe, ranked, config.num_removed)
+        lowest = first_together(probe, ranked, config.num_removed, lambda some: _plan(probe.facts, some), "sublayers")
         chosen = [(sublayer, float(scores[sublayer].mean())) for sublayer in lowest]
         kept = next((sublayer for sublayer in ranked if sublayer not in lowest), None)
         quantity = "similarity" if config.score == "cosine" else "heldout_loss"
@@ -133,23 +132,6 @@ def _greedy(probe: Probe, free: list[Sublayer], count: int) -> tuple[list[tuple[
 def _ranked(scores: Scores) -> list[Sublayer]:
     """Sublayers by ascending score; of equal scores the deeper layer is first, and its attention before its MLP."""
     return sorted(scores, key=lambda sublayer: (float(scores[sublayer].mean()), -sublayer[0], sublayer[1]))
-
-
-def _first_possible(probe: Probe, ranked: Sequence[Sublayer], count: int) -> list[Sublayer]:
-    """The first `count` of ranked sublayers that this architecture can lose together, in the order of the ranking.
-
-    A layer that loses both is removed, and a hybrid model must keep a layer of each cache kind.
-
-    Raises:
-        PlanError: if they are fewer.
-    """
-    chosen: list[Sublayer] = []
-    for sublayer in ranked:
-        if len(chosen) < count and probe.obstacle(_plan(probe.facts, [*chosen, sublayer])) is None:
-            chosen.append(sublayer)
-    if len(chosen) < count:
-        raise PlanError(f"only {len(chosen)} sublayers of this model can be silenced together; {count} were asked for")
-    return chosen
 
 
 def _difference(scores: Scores, low: Sublayer, high: Sublayer, quantity: str, seed: int) -> Margin:

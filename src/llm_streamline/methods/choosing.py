@@ -1,7 +1,8 @@
 """What methods share: plans of spans and of single layers, refusals, and the trial of candidates by held-out loss."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from llm_streamline.measure.scores import bootstrap_mean_difference
 from llm_streamline.plan import Margin, ModelFacts, Network, Plan, Remove, Replace, templates_for
 from llm_streamline.spans import Span, runs, spans_of_length
 
+T = TypeVar("T")
 _MOST_NETWORKS = 8  # candidates' networks in memory at a time
 
 
@@ -88,6 +90,30 @@ def sound(probe: Probe, plans: Sequence[Plan]) -> list[int]:
     if plans and not good:
         raise ArchitectureError(f"no candidate can be removed: {reasons[0]}")
     return good
+
+
+def first_together(
+    probe: Probe, ranked: Sequence[T], count: int, plan_of: Callable[[list[T]], Plan], name: str
+) -> list[T]:
+    """The first `count` of what is ranked that this architecture can lose together, in the order of the ranking.
+
+    Args:
+        probe: the model.
+        ranked: layers or sublayers, the first to leave first.
+        count: how many are to leave.
+        plan_of: the plan without some of them.
+        name: what they are, in the plural, for the message.
+
+    Raises:
+        PlanError: if they are fewer.
+    """
+    chosen: list[T] = []
+    for one in ranked:
+        if len(chosen) < count and probe.obstacle(plan_of([*chosen, one])) is None:
+            chosen.append(one)
+    if len(chosen) < count:
+        raise PlanError(f"only {len(chosen)} {name} can be removed from this model together; {count} were asked for")
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_streamline.errors import PlanError
 from llm_streamline.measure.probe import Probe
 from llm_streamline.measure.scores import block_influence, bootstrap_mean_difference, bootstrap_ranks
-from llm_streamline.methods.choosing import layers_plan, sound
+from llm_streamline.methods.choosing import first_together, layers_plan, sound
 from llm_streamline.plan import Margin, Plan, Selection
 
 Metric = Literal["random", "tail", "magnitude_l1", "magnitude_l2", "taylor", "ppl", "bi"]
@@ -73,18 +72,8 @@ def ranked_layers(scores: dict[int, float]) -> list[int]:
 
 
 def first_possible(probe: Probe, ranked: Sequence[int], count: int) -> list[int]:
-    """The first `count` of ranked layers that this architecture can lose together, in the order of the ranking.
-
-    Raises:
-        PlanError: if they are fewer.
-    """
-    chosen: list[int] = []
-    for layer in ranked:
-        if len(chosen) < count and probe.obstacle(layers_plan(probe.facts, [*chosen, layer])) is None:
-            chosen.append(layer)
-    if len(chosen) < count:
-        raise PlanError(f"only {len(chosen)} layers can be removed from this model together; {count} were asked for")
-    return chosen
+    """The first `count` of ranked layers that this architecture can lose together; see `choosing.first_together`."""
+    return first_together(probe, ranked, count, lambda layers: layers_plan(probe.facts, layers), "layers")
 
 
 def remove_lowest(probe: Probe, scores: LayerScores, count: int, method: str, notes: Sequence[str] = ()) -> Plan:
